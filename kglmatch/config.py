@@ -1,0 +1,115 @@
+"""The architecture as data: `KGLNetConfig` and its JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kglmatch.errors import ConfigError
+
+MODEL_TYPE = "kglnet"
+BLOCKS = 8
+# Output channels and stride of each of the eight convolution blocks.
+BLOCK_CHANNELS = (32, 32, 64, 64, 128, 128, 256, 256)
+BLOCK_STRIDES = (1, 1, 2, 1, 2, 1, 2, 1)
+MAP_STRIDE = 8
+MAP_CHANNELS = BLOCK_CHANNELS[-1]
+SPLITS = (0, 2, 4, 6, 8)
+IR_KINDS = ("nir", "lwir", "sar", "other")
+
+
+@dataclass(frozen=True)
+class KGLNetConfig:
+    """What kind of KGL-Net a set of weights belongs to, and how it is meant to be used.
+
+    The paper (arXiv 2412.11161) explores 2 x 2 x 5 architectures: descriptor branch Siamese or
+    pseudo-Siamese, metric branch likewise, and the block after which the two branches part. Its
+    choice is the default.
+
+    Args:
+        descriptor_dim: length of a descriptor.
+        patch_size: side of a square patch in pixels, a multiple of 8 (three stride-2 blocks).
+        descriptor_siamese: one descriptor trunk and head for both modalities, instead of one each.
+        metric_siamese: one metric trunk for both modalities, instead of one each.
+        split_after: block after which descriptor and metric branch part: 0, 2, 4, 6 or 8. The
+            blocks before it, the stem, serve both branches and are separate for each modality.
+        ir_kind: what the second sensor was in training: "nir", "lwir", "sar" or "other".
+        inference: defaults that were measured for these weights (keypoint detector and so on);
+            they travel with the weights and change no number of the network.
+
+    Raises:
+        ConfigError: a value outside what is described above.
+    """
+
+    descriptor_dim: int = 128
+    patch_size: int = 64
+    descriptor_siamese: bool = True
+    metric_siamese: bool = False
+    split_after: int = 4
+    ir_kind: str = "nir"
+    inference: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        for name in ("descriptor_dim", "patch_size", "split_after"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ConfigError(f"{name} must be an integer, got {value!r}")
+        for name in ("descriptor_siamese", "metric_siamese"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.descriptor_dim < 1:
+            raise ConfigError(f"descriptor_dim must be at least 1, got {self.descriptor_dim}")
+        if self.patch_size < MAP_STRIDE or self.patch_size % MAP_STRIDE:
+            raise ConfigError(
+                f"patch_size must be a positive multiple of {MAP_STRIDE}, got {self.patch_size}"
+            )
+        if self.split_after not in SPLITS:
+            raise ConfigError(f"split_after must be one of {SPLITS}, got {self.split_after}")
+        if self.ir_kind not in IR_KINDS:
+            raise ConfigError(f"ir_kind must be one of {IR_KINDS}, got {self.ir_kind!r}")
+        if not isinstance(self.inference, dict):
+            raise ConfigError(f"inference must be an object, got {self.inference!r}")
+
+    @property
+    def map_size(self) -> int:
+        """Side of a metric map: 8 for patches of 64 pixels."""
+        return self.patch_size // MAP_STRIDE
+
+    def to_json(self) -> str:
+        """The text of a `config.json`."""
+        return json.dumps({"model_type": MODEL_TYPE, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, origin: str = "config.json") -> KGLNetConfig:
+        """Parses the text of a `config.json`; unknown keys are errors, so that no setting is ignored.
+
+        Raises:
+            ConfigError: not JSON, another model's configuration, an unknown key or a bad value.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{origin} is not valid JSON: {error}") from error
+        if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
+            raise ConfigError(f'{origin} is not a KGL-Net configuration (no "model_type": "{MODEL_TYPE}")')
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"{origin} has unknown keys {unknown}; known are {sorted(known)}")
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: {error}") from error
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> KGLNetConfig:
+        """Reads a `config.json`. Raises `ConfigError` where it is missing or wrong."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from error
+        return cls.from_json(text, origin=str(path))

@@ -1,0 +1,252 @@
+"""KGL-Net and its layers: patches in, descriptors, metric maps and match probabilities out.
+
+Source: Yu, Liu, Zhao, Yue: "Why and How: Knowledge-Guided Learning for Cross-Spectral Image Patch
+Matching", arXiv 2412.11161.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kglmatch.config import BLOCK_CHANNELS, BLOCK_STRIDES, BLOCKS, MAP_CHANNELS, KGLNetConfig
+
+FRN_EPS = 1e-6
+
+
+class FRN(nn.Module):
+    """Filter response normalisation (Singh & Krishnan, CVPR 2020), per sample and channel.
+
+    ``x / sqrt(mean over H, W of x^2 + 1e-6) * weight + bias``. The mean is taken in float32
+    whatever the input's precision, because squares overflow float16.
+
+    Shape: (N, C, H, W) -> (N, C, H, W)
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean_square = x.float().square().mean(dim=(2, 3), keepdim=True)
+        scale = self.weight.float() * torch.rsqrt(mean_square + FRN_EPS)
+        # One pass over the map: the division and the scale are one factor a channel.
+        return torch.addcmul(self.bias.to(x.dtype), x, scale.to(x.dtype))
+
+
+class TLU(nn.Module):
+    """Thresholded linear unit (Singh & Krishnan, CVPR 2020): ``max(x, tau)``, tau per channel.
+
+    Shape: (N, C, H, W) -> (N, C, H, W)
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.tau = nn.Parameter(torch.full((1, channels, 1, 1), -1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.maximum(x, self.tau.to(x.dtype))
+
+
+class ECA(nn.Module):
+    """Efficient channel attention (Wang et al., CVPR 2020).
+
+    Each channel is scaled by a sigmoid of a one-dimensional convolution over its neighbours' means;
+    the kernel is ``int((log2(C) + 1) / 2)``, plus one if even.
+
+    Shape: (N, C, H, W) -> (N, C, H, W)
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        kernel = int((math.log2(channels) + 1) / 2)
+        kernel += 1 - kernel % 2
+        self.conv = nn.Conv1d(1, 1, kernel, padding=kernel // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.float().mean(dim=(2, 3)).to(x.dtype)
+        weight = torch.sigmoid(self.conv(mean.unsqueeze(1))).squeeze(1)
+        return x * weight[:, :, None, None]
+
+
+class ConvBlock(nn.Module):
+    """3x3 convolution, FRN, TLU and, if asked for, channel attention.
+
+    Args:
+        normalize_input: pass the input through FRN and TLU first (the first block does, so that
+            brightness and contrast of a patch do not matter).
+
+    Shape: (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        attention: bool = False,
+        normalize_input: bool = False,
+    ) -> None:
+        super().__init__()
+        self.input_norm = FRN(in_channels) if normalize_input else None
+        self.input_activation = TLU(in_channels) if normalize_input else None
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
+        self.norm = FRN(out_channels)
+        self.activation = TLU(out_channels)
+        self.attention = ECA(out_channels) if attention else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input_norm is not None and self.input_activation is not None:
+            x = self.input_activation(self.input_norm(x))
+        # The input may come in float32 to half-precision weights; it is normalised by now.
+        x = self.activation(self.norm(self.conv(x.to(self.conv.weight.dtype))))
+        return x if self.attention is None else self.attention(x)
+
+
+def conv_blocks(first: int, last: int) -> nn.Sequential:
+    """Blocks `first` to `last` of the eight, both counted from 1 and included; empty if last < first."""
+    blocks = nn.Sequential()
+    for i in range(first - 1, last):
+        blocks.add_module(
+            f"block{i + 1}",
+            ConvBlock(
+                BLOCK_CHANNELS[i - 1] if i else 1,
+                BLOCK_CHANNELS[i],
+                stride=BLOCK_STRIDES[i],
+                attention=i % 2 == 1,
+                normalize_input=i == 0,
+            ),
+        )
+    return blocks
+
+
+class PerModality(nn.Module):
+    """One module for each modality (pseudo-Siamese), or a single one for both (Siamese)."""
+
+    def __init__(self, make: Callable[[], nn.Module], *, shared: bool) -> None:
+        super().__init__()
+        if shared:
+            self.shared = make()
+        else:
+            self.vis = make()
+            self.ir = make()
+        self.is_shared = shared
+
+    def forward(self, x: Tensor, modality: str) -> Tensor:
+        if self.is_shared:
+            return self.shared(x)
+        return self.vis(x) if modality == "vis" else self.ir(x)
+
+
+class DescriptorHead(nn.Module):
+    """Descriptor map -> raw descriptor, before L2 normalisation.
+
+    Shape: (N, 256, S, S) -> (N, D), S = patch size / 8
+    """
+
+    def __init__(self, config: KGLNetConfig) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(MAP_CHANNELS, config.descriptor_dim, config.map_size)
+        self.norm = nn.BatchNorm2d(config.descriptor_dim)
+
+    def forward(self, descriptor_map: Tensor) -> Tensor:
+        return self.norm(self.conv(descriptor_map)).flatten(1)
+
+
+class MetricHead(nn.Module):
+    """A pair of metric maps -> the logit of "these two patches match", row by row.
+
+    Shape: (N, 256, S, S), (N, 256, S, S) -> (N,)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(MAP_CHANNELS, MAP_CHANNELS, 3, padding=1)
+        self.norm = FRN(MAP_CHANNELS)
+        self.activation = TLU(MAP_CHANNELS)
+        self.fc1 = nn.Linear(MAP_CHANNELS, 512)
+        self.fc2 = nn.Linear(512, 256)
+        self.fc3 = nn.Linear(256, 1)
+
+    def forward(self, map_vis: Tensor, map_ir: Tensor) -> Tensor:
+        x = self.activation(self.norm(self.conv((map_vis - map_ir).abs())))
+        x = x.float().mean(dim=(2, 3)).to(x.dtype)
+        x = F.relu(self.fc2(F.relu(self.fc1(x))))
+        return self.fc3(x).flatten()
+
+
+class BranchOutputs(NamedTuple):
+    """What training needs of one modality's patches."""
+
+    raw_descriptor: Tensor  # (N, D), before L2 normalisation
+    descriptor_map: Tensor  # (N, 256, S, S)
+    metric_map: Tensor  # (N, 256, S, S)
+
+
+class KGLNet(nn.Module):
+    """The network: a stem for each modality that feeds a descriptor branch and a metric branch.
+
+    Each method computes only what it returns, and the stem runs once a patch. Patches are
+    (N, 1, P, P) floats, of any range (the first layer normalises; training used [0, 1]). The two
+    modalities have weights of their own, so `modality` ("vis" or "ir") is never guessed.
+    """
+
+    def __init__(self, config: KGLNetConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or KGLNetConfig()
+        split = config.split_after
+        self.stem = PerModality(lambda: conv_blocks(1, split), shared=False)
+        self.descriptor_trunk = PerModality(
+            lambda: conv_blocks(split + 1, BLOCKS), shared=config.descriptor_siamese
+        )
+        self.descriptor_head = PerModality(
+            lambda: DescriptorHead(config), shared=config.descriptor_siamese
+        )
+        self.metric_trunk = PerModality(
+            lambda: conv_blocks(split + 1, BLOCKS), shared=config.metric_siamese
+        )
+        self.metric_head = MetricHead()
+
+    def _descriptor(self, stem: Tensor, modality: str) -> Tensor:
+        raw = self.descriptor_head(self.descriptor_trunk(stem, modality), modality)
+        return F.normalize(raw.float(), dim=1)
+
+    def describe(self, patches: Tensor, modality: str) -> Tensor:
+        """(N, 1, P, P) -> (N, D) float32 descriptors, L2-normalised."""
+        return self._descriptor(self.stem(patches, modality), modality)
+
+    def map(self, patches: Tensor, modality: str) -> Tensor:
+        """(N, 1, P, P) -> (N, 256, S, S) metric maps, the input of `score`."""
+        return self.metric_trunk(self.stem(patches, modality), modality)
+
+    def encode(self, patches: Tensor, modality: str) -> tuple[Tensor, Tensor]:
+        """(N, 1, P, P) -> descriptors (N, D) and metric maps (N, 256, S, S)."""
+        stem = self.stem(patches, modality)
+        return self._descriptor(stem, modality), self.metric_trunk(stem, modality)
+
+    def score(self, map_vis: Tensor, map_ir: Tensor) -> Tensor:
+        """Metric maps of N pairs, (N, 256, S, S) each -> (N,) float32 match probabilities."""
+        return torch.sigmoid(self.metric_head(map_vis, map_ir).float())
+
+    def branches(self, patches: Tensor, modality: str) -> BranchOutputs:
+        """(N, 1, P, P) -> raw descriptors and both branches' maps, for the training losses."""
+        stem = self.stem(patches, modality)
+        descriptor_map = self.descriptor_trunk(stem, modality)
+        return BranchOutputs(
+            self.descriptor_head(descriptor_map, modality),
+            descriptor_map,
+            self.metric_trunk(stem, modality),
+        )
+
+    def forward(self, vis: Tensor, ir: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """N pairs, (N, 1, P, P) each -> descriptors (N, D) of both, and probabilities (N,)."""
+        descriptor_vis, map_vis = self.encode(vis, "vis")
+        descriptor_ir, map_ir = self.encode(ir, "ir")
+        return descriptor_vis, descriptor_ir, self.score(map_vis, map_ir)
