@@ -29,3 +29,15 @@ class BackendError(KGLMatchError):
 
 class DataError(KGLMatchError):
     """A data set, or a file of results or features, that cannot be read or used."""
+
+
+class OutputError(KGLMatchError):
+    """An output that cannot be written."""
+
+
+class OutputError(KGLMatchError):
+    """An output that cannot be written."""
+
+
+class KeypointError(KGLMatchError):
+    """Keypoints asked for in a way that no detector offers."""

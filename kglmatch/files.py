@@ -1,0 +1,61 @@
+"""Writing files so that no half-written one is ever left under its final name."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from kglmatch.errors import OutputError
+
+# What a full or failing disk reports; other `OSError`s of the body may come from what it reads.
+_WRITE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+@contextmanager
+def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path to write to; it becomes `path` if the body ends, and goes if it raises.
+
+    The temporary file exists already, empty, in the folder of `path` and with its suffix, so that
+    writers that choose a format by suffix work, and the final rename stays on one file system.
+    A file already at `path` is replaced in one step. A symbolic link is written through.
+
+    Args:
+        path: the file to write.
+
+    Raises:
+        OutputError: the folder is missing or unwritable, `path` is a folder or another thing that
+            is not a plain file, or the disk is full.
+
+    Example:
+        >>> with atomic_output("result.json") as temporary:
+        ...     temporary.write_text("{}")
+    """
+    final = Path(os.path.realpath(path))
+    if final.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder; expected the name of a file")
+    if final.exists() and not final.is_file():
+        raise OutputError(f"cannot write {path}: it is not a plain file, and would be replaced by one")
+    if not final.parent.is_dir():
+        raise OutputError(f"cannot write {path}: the folder {final.parent} does not exist; create it first")
+    temporary = final.with_name(f".tmp-{secrets.token_hex(8)}{final.suffix}")
+    try:
+        # Mode "x" and not `tempfile`: the file gets the permissions that any new file gets.
+        with open(temporary, "xb"):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        yield temporary
+        os.replace(temporary, final)
+    except OSError as error:
+        own = error.filename is None or os.fspath(error.filename) == os.fspath(temporary)
+        if own or error.errno in _WRITE_ERRNOS:
+            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
