@@ -35,9 +35,5 @@ class OutputError(KGLMatchError):
     """An output that cannot be written."""
 
 
-class OutputError(KGLMatchError):
-    """An output that cannot be written."""
-
-
 class KeypointError(KGLMatchError):
     """Keypoints asked for in a way that no detector offers."""

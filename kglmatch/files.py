@@ -35,11 +35,12 @@ def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
         ...     temporary.write_text("{}")
     """
     final = Path(os.path.realpath(path))
-    if final.is_dir():
+    # `os.path` and not `Path`, whose tests raise for names too long.
+    if os.path.isdir(final):
         raise OutputError(f"cannot write {path}: it is a folder; expected the name of a file")
-    if final.exists() and not final.is_file():
+    if os.path.exists(final) and not os.path.isfile(final):
         raise OutputError(f"cannot write {path}: it is not a plain file, and would be replaced by one")
-    if not final.parent.is_dir():
+    if not os.path.isdir(final.parent):
         raise OutputError(f"cannot write {path}: the folder {final.parent} does not exist; create it first")
     temporary = final.with_name(f".tmp-{secrets.token_hex(8)}{final.suffix}")
     try:

@@ -81,7 +81,7 @@ def test_full_disk_is_an_output_error(tmp_path):
 
 def test_errors_about_other_files_pass_unchanged(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_output(tmp_path / "a.txt"):
-        open(tmp_path / "missing-input", "rb")
+        (tmp_path / "missing-input").read_bytes()
     assert os.listdir(tmp_path) == []
 
 
