@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -41,7 +43,15 @@ _FORMATS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     ".webp": (_DEPTH_8, (3, 4)),
 }
 
+# What Pillow's decoders raise about damaged files.
+_PILLOW_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, MemoryError,
+    struct.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+# OpenCV's log level belongs to the process: the first thread in silences it, the last restores it.
 _log_lock = threading.Lock()
+_log_silenced = [0, 0]
 
 
 def load_image(
@@ -174,7 +184,8 @@ def read_image_raw(path: str | os.PathLike[str]) -> np.ndarray:
     if pixels is None:
         pixels = _decode_with_pillow(data, name)
     elif pixels.ndim == 3 and pixels.shape[2] in (3, 4):
-        pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB if pixels.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
+        # By index: `cv2.cvtColor` knows no int16, int32 and float64.
+        pixels = pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
     elif pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     return np.ascontiguousarray(pixels)
@@ -219,10 +230,7 @@ def save_image(path: str | os.PathLike[str], array: np.ndarray) -> None:
             f"got {channels}"
         )
     if channels > 1:
-        pixels = cv2.cvtColor(
-            np.ascontiguousarray(pixels),
-            cv2.COLOR_RGB2BGR if channels == 3 else cv2.COLOR_RGBA2BGRA,
-        ) if pixels.dtype.name in ("uint8", "uint16", "float32") else pixels[..., [2, 1, 0, 3][:channels]]
+        pixels = pixels[..., [2, 1, 0, 3][:channels]]
     # 8: deflate, smaller than OpenCV's default and read everywhere.
     options = [cv2.IMWRITE_TIFF_COMPRESSION, 8] if extension in _TIFF else []
     with _quiet_opencv():
@@ -292,9 +300,7 @@ def _grey(pixels: np.ndarray) -> np.ndarray:
     """(H, W) or (H, W, 1 or 3) of any pixel type -> (H, W): uint8, uint16, float32 or float64."""
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
-    if pixels.dtype == np.bool_:
-        pixels = pixels.astype(np.float32)
-    elif pixels.dtype == np.float16:
+    if pixels.dtype in (np.bool_, np.float16):
         pixels = pixels.astype(np.float32)
     elif pixels.dtype not in (np.uint8, np.uint16, np.float32):
         pixels = pixels.astype(np.float64)
@@ -321,11 +327,11 @@ def _scaled(grey: np.ndarray, bottom: float, top: float) -> np.ndarray:
         # A table is exact and the fastest: each grey level is divided once.
         levels = (np.arange(np.iinfo(grey.dtype).max + 1) - bottom) / (top - bottom)
         return np.clip(levels, 0, 1).astype(np.float32)[grey]
-    # Clipped before the division, so that huge values cannot overflow.
-    result = np.clip(grey, bottom, top)
-    result = (result / 2 - bottom / 2) / (top / 2 - bottom / 2) if top - bottom == np.inf else (
-        (result - bottom) / (top - bottom)
-    )
+    if (bottom, top) == (0.0, 1.0):
+        return np.ascontiguousarray(np.clip(grey, 0, 1), dtype=np.float32)
+    # Clipped before the division, and halved, so that huge values cannot overflow.
+    result = np.clip(grey.astype(np.float64), bottom, top)
+    result = (result / 2 - bottom / 2) / (top / 2 - bottom / 2)
     return np.ascontiguousarray(np.clip(result, 0, 1), dtype=np.float32)
 
 
@@ -346,13 +352,21 @@ def _file_bytes(name: str) -> bytes:
 
 
 def _decode_with_pillow(data: bytes, name: str) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return _pillow_pixels(image, name)
-    except Image.UnidentifiedImageError as error:
-        raise ImageError(f"cannot read {name}: not an image of a known format, or damaged") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"cannot read {name}: {_one_line(error)}") from error
+    # A warning says nothing beside the error; of a file that could be read it is passed on.
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                pixels = _pillow_pixels(image, name)
+        except Image.UnidentifiedImageError as error:
+            raise ImageError(f"cannot read {name}: not an image of a known format, or damaged") from error
+        except _PILLOW_ERRORS as error:
+            if isinstance(error, ImageError):
+                raise
+            raise ImageError(f"cannot read {name}: {_one_line(error)}") from error
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return pixels
 
 
 def _pillow_pixels(image: Image.Image, name: str) -> np.ndarray:
@@ -366,7 +380,7 @@ def _pillow_pixels(image: Image.Image, name: str) -> np.ndarray:
             image = image.convert("RGB")
         # Decoding happens here, so damaged files show here.
         pixels = np.asarray(image)
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+    except _PILLOW_ERRORS as error:
         raise ImageError(f"cannot read {name}: {_one_line(error)}") from error
     if not pixels.dtype.isnative:
         pixels = pixels.astype(pixels.dtype.newbyteorder("="))
@@ -383,10 +397,14 @@ def _one_line(error: BaseException) -> str:
 def _quiet_opencv() -> Iterator[None]:
     """Keeps OpenCV from printing about unknown TIFF tags, or what an error here says anyway."""
     log: Any = cv2.utils.logging
-    # The level belongs to the process: one thread at a time may change and restore it.
     with _log_lock:
-        level = log.setLogLevel(log.LOG_LEVEL_SILENT)
-        try:
-            yield
-        finally:
-            log.setLogLevel(level)
+        if _log_silenced[0] == 0:
+            _log_silenced[1] = log.setLogLevel(log.LOG_LEVEL_SILENT)
+        _log_silenced[0] += 1
+    try:
+        yield
+    finally:
+        with _log_lock:
+            _log_silenced[0] -= 1
+            if _log_silenced[0] == 0:
+                log.setLogLevel(_log_silenced[1])

@@ -1,0 +1,70 @@
+"""Transforms between two images: robust estimation, application, corner error."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kglmatch.errors import KGLMatchError
+
+MIN_MATCHES = 4  # a homography has eight degrees of freedom, a point pair gives two
+
+
+def estimate_homography(
+    points_vis: NDArray[np.floating], points_ir: NDArray[np.floating], *, threshold: float = 3.0
+) -> tuple[NDArray[np.float64] | None, NDArray[np.bool_]]:
+    """The homography that most matches agree with, by MAGSAC++ (Barath et al., CVPR 2020).
+
+    Args:
+        points_vis, points_ir: (K, 2) xy pixels, row by row matching.
+        threshold: pixels; matches farther from the model are outliers.
+
+    Returns:
+        (3, 3) from visible to ir pixels, or None if fewer than 4 matches agree on one;
+        and (K,) bool, which matches agree (all false without a homography).
+
+    Raises:
+        KGLMatchError: shapes that do not fit, or a threshold of 0 or less.
+    """
+    if points_vis.shape != points_ir.shape or points_vis.ndim != 2 or points_vis.shape[1] != 2:
+        raise KGLMatchError(f"points must be (K, 2) alike, got {points_vis.shape} and {points_ir.shape}")
+    if not threshold > 0:
+        raise KGLMatchError(f"threshold must be above 0 pixels, got {threshold}")
+    none = np.zeros(len(points_vis), bool)
+    if len(points_vis) < MIN_MATCHES:
+        return None, none
+    cv2.setRNGSeed(0)  # the same matches give the same homography
+    homography, mask = cv2.findHomography(
+        points_vis.astype(np.float64),
+        points_ir.astype(np.float64),
+        cv2.USAC_MAGSAC,
+        threshold,
+        maxIters=10_000,
+        confidence=0.9999,
+    )
+    if homography is None or not np.isfinite(homography).all():
+        return None, none
+    inliers = mask.ravel().astype(bool)
+    return (homography, inliers) if inliers.sum() >= MIN_MATCHES else (None, none)
+
+
+def transform_points(transform: NDArray[np.floating], points: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Applies a (3, 3) homography or a (2, 3) affine to (N, 2) xy pixels."""
+    moved = points.astype(np.float64) @ transform[:, :2].T + transform[:, 2]
+    return moved if len(transform) == 2 else moved[:, :2] / moved[:, 2:]
+
+
+def corner_error(
+    estimated: NDArray[np.floating], true: NDArray[np.floating], size: tuple[int, int]
+) -> float:
+    """Mean distance in pixels between where two transforms take the corners of an image.
+
+    Args:
+        estimated, true: (3, 3) or (2, 3).
+        size: (width, height) of the image that they transform.
+    """
+    width, height = size
+    corners = np.array([[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]], np.float64)
+    difference = transform_points(estimated, corners) - transform_points(true, corners)
+    return float(np.linalg.norm(difference, axis=1).mean())
