@@ -142,7 +142,9 @@ def _suffix_pairs(folder: Path) -> list[ImagePair]:
             raise DataError(f"{images[stem]} has no partner {name}_nir.* beside it")
         affine_file = folder / f"{name}_nir.npy"
         pairs.append(
-            ImagePair(name, images[stem], partner, _read_affine(affine_file) if affine_file.exists() else None)
+            ImagePair(
+                name, images[stem], partner, _read_affine(affine_file) if affine_file.exists() else None
+            )
         )
     return pairs
 
@@ -227,9 +229,7 @@ def protocol_points(scene: Scene, max_points: int = MAX_POINTS) -> NDArray[np.in
     return points[holes == 0][:max_points]
 
 
-def load_scene_pairs(
-    source: str | Path | Sequence[ImagePair], *, max_points: int = MAX_POINTS
-) -> ScenePairs:
+def load_scene_pairs(source: str | Path | Sequence[ImagePair], *, max_points: int = MAX_POINTS) -> ScenePairs:
     """Reads the image pairs of a folder (or of a list) and finds the protocol's points in them.
 
     Raises:
@@ -239,7 +239,9 @@ def load_scene_pairs(
     scenes = tuple(load_scene(pair) for pair in pairs)
     points = [protocol_points(scene, max_points) for scene in scenes]
     if not sum(map(len, points)):
-        raise DataError(f"no keypoint with a whole {PATCH_SIZE} x {PATCH_SIZE} patch in {len(scenes)} image pairs")
+        raise DataError(
+            f"no keypoint with a whole {PATCH_SIZE} x {PATCH_SIZE} patch in {len(scenes)} image pairs"
+        )
     index = np.repeat(np.arange(len(scenes), dtype=np.int64), [len(p) for p in points])
     return ScenePairs(scenes, np.concatenate(points), index)
 
@@ -264,7 +266,11 @@ def sample_patch_pairs(
         raise DataError(f"{name}: at least two points are needed for non-matching pairs, got {len(pairs)}")
     other = rng.integers(0, len(pairs) - 1, len(rows))
     other += other >= rows
-    vis, positive, negative = pairs.patches(rows, "vis"), pairs.patches(rows, "ir"), pairs.patches(other, "ir")
+    vis, positive, negative = (
+        pairs.patches(rows, "vis"),
+        pairs.patches(rows, "ir"),
+        pairs.patches(other, "ir"),
+    )
     labels = np.repeat([True, False], len(rows))
     return PatchPairs(name, np.concatenate([vis, vis]), np.concatenate([positive, negative]), labels)
 
@@ -288,7 +294,9 @@ def load_sos_patches(path: str | Path) -> PatchPairs:
         raise DataError(f"cannot read {path} with {info.name}: {error}") from error
     patches = patches.reshape(len(patches), *patches.shape[-2:])
     if patches.ndim != 3 or len(patches) % 2 or len(ids) != len(patches):
-        raise DataError(f"{path}: expected (2N, 1, P, P) patches and 2N ids, got {patches.shape}, {len(ids)} ids")
+        raise DataError(
+            f"{path}: expected (2N, 1, P, P) patches and 2N ids, got {patches.shape}, {len(ids)} ids"
+        )
     patches = _as_uint8(patches, path)
     return PatchPairs(name, patches[0::2], patches[1::2], ids[0::2] == ids[1::2])
 
@@ -388,10 +396,12 @@ def load_patch_sets(
         for file in files:
             yield from load_patch_sets(file)
         return
-    folders = [path] if _suffix_pairs(path) or _folder_pairs(path) else sorted(p for p in path.iterdir() if p.is_dir())
+    folders = (
+        [path]
+        if _suffix_pairs(path) or _folder_pairs(path)
+        else sorted(p for p in path.iterdir() if p.is_dir())
+    )
     if not folders:
         find_image_pairs(path)  # raises, naming the layouts
     for folder in folders:
-        yield sample_patch_pairs(
-            load_scene_pairs(folder), name=folder.name, max_pairs=max_pairs, seed=seed
-        )
+        yield sample_patch_pairs(load_scene_pairs(folder), name=folder.name, max_pairs=max_pairs, seed=seed)

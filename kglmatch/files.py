@@ -35,23 +35,26 @@ def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
         ...     temporary.write_text("{}")
     """
     final = Path(os.path.realpath(path))
-    # `os.path` and not `Path`, whose tests raise for names too long.
-    if os.path.isdir(final):
+    try:
+        is_folder, exists, has_parent = final.is_dir(), final.exists(), final.parent.is_dir()
+    except OSError as error:
+        # A name too long for the file system.
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    if is_folder:
         raise OutputError(f"cannot write {path}: it is a folder; expected the name of a file")
-    if os.path.exists(final) and not os.path.isfile(final):
+    if exists and not final.is_file():
         raise OutputError(f"cannot write {path}: it is not a plain file, and would be replaced by one")
-    if not os.path.isdir(final.parent):
+    if not has_parent:
         raise OutputError(f"cannot write {path}: the folder {final.parent} does not exist; create it first")
     temporary = final.with_name(f".tmp-{secrets.token_hex(8)}{final.suffix}")
     try:
-        # Mode "x" and not `tempfile`: the file gets the permissions that any new file gets.
-        with open(temporary, "xb"):
-            pass
+        # Not by `tempfile`: the file gets the permissions that any new file gets.
+        temporary.touch(exist_ok=False)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     try:
         yield temporary
-        os.replace(temporary, final)
+        temporary.replace(final)
     except OSError as error:
         own = error.filename is None or os.fspath(error.filename) == os.fspath(temporary)
         if own or error.errno in _WRITE_ERRNOS:

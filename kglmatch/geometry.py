@@ -55,9 +55,7 @@ def transform_points(transform: NDArray[np.floating], points: NDArray[np.floatin
     return moved if len(transform) == 2 else moved[:, :2] / moved[:, 2:]
 
 
-def corner_error(
-    estimated: NDArray[np.floating], true: NDArray[np.floating], size: tuple[int, int]
-) -> float:
+def corner_error(estimated: NDArray[np.floating], true: NDArray[np.floating], size: tuple[int, int]) -> float:
     """Mean distance in pixels between where two transforms take the corners of an image.
 
     Args:

@@ -14,11 +14,12 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from kglmatch.errors import ImageError, OutputError
 from kglmatch.files import atomic_output
@@ -131,7 +132,7 @@ def load_image(
     data = grey if valid is None else grey[valid]
 
     kind, dtype = pixels.dtype.kind, pixels.dtype
-    in_range = kind == "f" and -TOLERANCE <= data.min() and data.max() <= 1 + TOLERANCE
+    in_range = kind == "f" and data.min() >= -TOLERANCE and data.max() <= 1 + TOLERANCE
     if stretch is True or (stretch == "auto" and not (kind == "b" or dtype == np.uint8 or in_range)):
         bottom, top = _stretch_range(data, low, high)
     elif kind == "f" and not in_range:
@@ -206,7 +207,7 @@ def save_image(path: str | os.PathLike[str], array: np.ndarray) -> None:
         OutputError: an unknown extension, or a file that cannot be written.
     """
     name = os.fspath(path)
-    extension = os.path.splitext(name)[1].lower()
+    extension = Path(name).suffix.lower()
     if extension not in _FORMATS:
         raise OutputError(
             f"cannot write {name}: unknown image extension {extension!r}; known are {', '.join(_FORMATS)}"
@@ -308,7 +309,8 @@ def _grey(pixels: np.ndarray) -> np.ndarray:
         return pixels
     if pixels.dtype == np.float64:
         return pixels @ np.array([0.299, 0.587, 0.114])
-    return cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY)
+    grey: np.ndarray = cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY)
+    return grey
 
 
 def _stretch_range(data: np.ndarray, low: float, high: float) -> tuple[float, float]:
@@ -323,10 +325,11 @@ def _scaled(grey: np.ndarray, bottom: float, top: float) -> np.ndarray:
     """(grey - bottom) / (top - bottom), clipped to [0, 1]; 0 where the range is empty."""
     if not top > bottom:
         return np.zeros(grey.shape, np.float32)
-    if grey.dtype == np.uint8 or grey.dtype == np.uint16:
+    if grey.dtype in (np.uint8, np.uint16):
         # A table is exact and the fastest: each grey level is divided once.
         levels = (np.arange(np.iinfo(grey.dtype).max + 1) - bottom) / (top - bottom)
-        return np.clip(levels, 0, 1).astype(np.float32)[grey]
+        table: np.ndarray = np.clip(levels, 0, 1).astype(np.float32)
+        return table[np.ascontiguousarray(grey)]
     if (bottom, top) == (0.0, 1.0):
         return np.ascontiguousarray(np.clip(grey, 0, 1), dtype=np.float32)
     # Clipped before the division, and halved, so that huge values cannot overflow.
@@ -336,13 +339,12 @@ def _scaled(grey: np.ndarray, bottom: float, top: float) -> np.ndarray:
 
 
 def _file_bytes(name: str) -> bytes:
-    if os.path.isdir(name):
-        raise ImageError(f"cannot read {name}: it is a folder; expected an image file")
     try:
-        with open(name, "rb") as file:
-            data = file.read()
+        data = Path(name).read_bytes()
     except FileNotFoundError as error:
         raise ImageError(f"cannot read {name}: no such file") from error
+    except IsADirectoryError as error:
+        raise ImageError(f"cannot read {name}: it is a folder; expected an image file") from error
     except (OSError, ValueError) as error:
         # ValueError: a zero byte within the name.
         raise ImageError(f"cannot read {name!r}: {_one_line(error)}") from error
@@ -358,7 +360,7 @@ def _decode_with_pillow(data: bytes, name: str) -> np.ndarray:
         try:
             with Image.open(io.BytesIO(data)) as image:
                 pixels = _pillow_pixels(image, name)
-        except Image.UnidentifiedImageError as error:
+        except UnidentifiedImageError as error:
             raise ImageError(f"cannot read {name}: not an image of a known format, or damaged") from error
         except _PILLOW_ERRORS as error:
             if isinstance(error, ImageError):

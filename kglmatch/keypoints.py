@@ -12,7 +12,10 @@ from kglmatch.errors import ImageError, KeypointError
 
 DETECTORS = ("sift", "fast", "orb", "gftt", "grid")
 
-# Half of OpenCV's default or less: infrared and radar images have weak contrast, and the strongest
+# OpenCV's type stubs lack the detectors, and know no None for corners.
+cv2_any: Any = cv2
+
+# A quarter of OpenCV's default: infrared and radar images have weak contrast, and the strongest
 # keypoints are kept anyway.
 _SIFT_CONTRAST = 0.01
 # From picky to greedy; the first that finds enough is taken.
@@ -81,7 +84,7 @@ def detect_keypoints(
     """
     if detector not in DETECTORS:
         raise KeypointError(f"unknown detector {detector!r}; known are {', '.join(DETECTORS)}")
-    if isinstance(max_keypoints, bool) or not isinstance(max_keypoints, (int, np.integer)) or max_keypoints < 1:
+    if not isinstance(max_keypoints, (int, np.integer)) or max_keypoints < 1:
         raise KeypointError(f"max_keypoints must be an integer of at least 1, got {max_keypoints!r}")
     if not isinstance(border, (int, float, np.integer, np.floating)) or not 0 <= border < np.inf:
         raise KeypointError(f"border must be a number of pixels of at least 0, got {border!r}")
@@ -126,12 +129,12 @@ def _check_image(image: Any) -> None:
         given = image.shape if isinstance(image, np.ndarray) else type(image).__name__
         raise ImageError(f"expected a grey image, a numpy array (H, W), got {given}; load_image makes one")
     if image.dtype != np.uint8 and image.dtype.kind != "f":
-        raise ImageError(f"expected a grey image of floats in [0, 1] or uint8, got {image.dtype}; load_image makes one")
+        raise ImageError(f"expected grey floats in [0, 1] or uint8, got {image.dtype}; see load_image")
     if image.size == 0:
         raise ImageError(f"the image has shape {image.shape}: it holds no pixel")
     if image.dtype.kind == "f" and not (image.min() >= -1e-6 and image.max() <= 1 + 1e-6):
         raise ImageError(
-            f"the image has values from {image.min():g} to {image.max():g}, expected [0, 1]; load_image scales it"
+            f"the image has values from {image.min():g} to {image.max():g}, expected [0, 1]; see load_image"
         )
 
 
@@ -147,18 +150,17 @@ def _as_8_bit(image: np.ndarray) -> np.ndarray:
 def _detect(detector: str, image: np.ndarray, allowed: np.ndarray, wanted: int) -> list[Any]:
     if detector == "sift":
         # The precise upscale matters: without it every position is off by a quarter pixel.
-        return list(
-            cv2.SIFT_create(contrastThreshold=_SIFT_CONTRAST, enable_precise_upscale=True).detect(image, allowed)
-        )
+        sift = cv2_any.SIFT_create(contrastThreshold=_SIFT_CONTRAST, enable_precise_upscale=True)
+        return list(sift.detect(image, allowed))
     if detector == "orb":
         # Its pyramid of eight levels at 1.2 needs some pixels at the last level, and its edge of 31
         # leaves nothing in smaller images.
         if min(image.shape) <= 2 * 31:
             return []
-        return list(cv2.ORB_create(nfeatures=wanted, fastThreshold=5).detect(image, allowed))
+        return list(cv2_any.ORB_create(nfeatures=wanted, fastThreshold=5).detect(image, allowed))
     found: list[Any] = []
     for threshold in _FAST_THRESHOLDS:
-        found = list(cv2.FastFeatureDetector_create(threshold).detect(image, allowed))
+        found = list(cv2_any.FastFeatureDetector_create(threshold).detect(image, allowed))
         if len(found) >= wanted:
             break
     return found
@@ -175,7 +177,9 @@ def _cv2_rows(keypoints: list[Any]) -> np.ndarray:
 
 
 def _gftt(image: np.ndarray, allowed: np.ndarray, wanted: int) -> np.ndarray:
-    corners, quality = cv2.goodFeaturesToTrackWithQuality(image, wanted, _GFTT_QUALITY, _GFTT_DISTANCE, allowed)
+    corners, quality = cv2_any.goodFeaturesToTrackWithQuality(
+        image, wanted, _GFTT_QUALITY, _GFTT_DISTANCE, allowed
+    )
     if corners is None:
         return np.zeros((0, 5))
     xy = np.asarray(corners, np.float64).reshape(-1, 2)
@@ -193,7 +197,8 @@ def _grid(allowed: np.ndarray, wanted: int, margin: int) -> np.ndarray:
     y = margin + (height - 1) % spacing // 2 + np.arange(-(-height // spacing)) * spacing
     rows = np.zeros((len(x) * len(y), 5))
     rows[:, 0], rows[:, 1], rows[:, 3] = np.tile(x, len(y)), np.repeat(y, len(x)), -1
-    return rows[allowed[rows[:, 1].astype(np.intp), rows[:, 0].astype(np.intp)] != 0]
+    rows = rows[allowed[rows[:, 1].astype(np.intp), rows[:, 0].astype(np.intp)] != 0]
+    return rows
 
 
 def _strongest(rows: np.ndarray, wanted: int) -> np.ndarray:

@@ -198,16 +198,12 @@ class Matcher:
         if top_k is None and max_displacement is None:
             candidates = self._every_pair(features_vis, features_ir, decide)
         else:
-            rows_vis, rows_ir, cosine = self._candidates(
-                features_vis, features_ir, top_k, max_displacement
-            )
+            rows_vis, rows_ir, cosine = self._candidates(features_vis, features_ir, top_k, max_displacement)
             distances = distance_from_cosine(cosine)
             scores = self._decide(features_vis, features_ir, rows_vis, rows_ir, distances, decide)
             candidates = rows_vis, rows_ir, scores, distances
         rows_vis, rows_ir, scores, distances = candidates
-        chosen = select_matches(
-            rows_vis, rows_ir, scores, distances, mutual=mutual, one_to_one=one_to_one
-        )
+        chosen = select_matches(rows_vis, rows_ir, scores, distances, mutual=mutual, one_to_one=one_to_one)
         chosen = chosen[scores[chosen] >= min_score]
         indices = np.stack([rows_vis[chosen], rows_ir[chosen]], axis=1)
         return Matches(
@@ -263,9 +259,7 @@ class Matcher:
             ).xy
         keypoints = np.asarray(keypoints, dtype=np.float32).reshape(-1, 2)
         patches = extract_patches(grey, keypoints, patch_size=size)
-        return self.describe(
-            patches, modality, maps=maps, keypoints=keypoints, image_size=(width, height)
-        )
+        return self.describe(patches, modality, maps=maps, keypoints=keypoints, image_size=(width, height))
 
     def match_images(
         self,

@@ -130,9 +130,7 @@ def paired_cosine(
     return out
 
 
-def keep_top_k(
-    groups: NDArray[np.int64], values: NDArray[np.float32], k: int
-) -> NDArray[np.bool_]:
+def keep_top_k(groups: NDArray[np.int64], values: NDArray[np.float32], k: int) -> NDArray[np.bool_]:
     """Which entries are among the `k` largest values of their group, (P,) bool."""
     order = np.lexsort((-values, groups))
     ordered = groups[order]

@@ -206,12 +206,8 @@ class KGLNet(nn.Module):
         self.descriptor_trunk = PerModality(
             lambda: conv_blocks(split + 1, BLOCKS), shared=config.descriptor_siamese
         )
-        self.descriptor_head = PerModality(
-            lambda: DescriptorHead(config), shared=config.descriptor_siamese
-        )
-        self.metric_trunk = PerModality(
-            lambda: conv_blocks(split + 1, BLOCKS), shared=config.metric_siamese
-        )
+        self.descriptor_head = PerModality(lambda: DescriptorHead(config), shared=config.descriptor_siamese)
+        self.metric_trunk = PerModality(lambda: conv_blocks(split + 1, BLOCKS), shared=config.metric_siamese)
         self.metric_head = MetricHead()
 
     def _descriptor(self, stem: Tensor, modality: str) -> Tensor:

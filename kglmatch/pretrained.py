@@ -161,7 +161,10 @@ def save_model(
 
     folder = make_folder(folder)
     tensors = {
-        key: (value.to(torch.float16) if half and value.is_floating_point() else value).detach().cpu().contiguous()
+        key: (value.to(torch.float16) if half and value.is_floating_point() else value)
+        .detach()
+        .cpu()
+        .contiguous()
         for key, value in state.items()
     }
     with atomic_output(folder / WEIGHTS_FILE) as temporary:

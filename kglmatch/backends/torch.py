@@ -80,8 +80,10 @@ class TorchBackend:
         self.device, self.dtype, self.batch_size = str(self._device), dtype, batch_size
         net = KGLNet(config)
         net.load_state_dict(state)
-        self.net = net.eval().requires_grad_(False).to(
-            self._device, DTYPES[dtype], memory_format=torch.channels_last
+        self.net = (
+            net.eval()
+            .requires_grad_(False)
+            .to(self._device, DTYPES[dtype], memory_format=torch.channels_last)
         )
 
     def _to_device(self, patches: Array) -> Tensor:

@@ -93,7 +93,9 @@ class TrainingConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size < 2:
-            raise ConfigError(f"batch_size must be at least 2 (negatives are mined in it), got {self.batch_size}")
+            raise ConfigError(
+                f"batch_size must be at least 2 (negatives are mined in it), got {self.batch_size}"
+            )
         for name in ("learning_rate", "metric_head_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
