@@ -308,8 +308,9 @@ def _grey(pixels: np.ndarray) -> np.ndarray:
     if pixels.ndim == 2:
         return pixels
     if pixels.dtype == np.float64:
-        return pixels @ np.array([0.299, 0.587, 0.114])
-    grey: np.ndarray = cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY)
+        grey: np.ndarray = pixels @ np.array([0.299, 0.587, 0.114])
+    else:
+        grey = cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY)
     return grey
 
 
@@ -328,8 +329,8 @@ def _scaled(grey: np.ndarray, bottom: float, top: float) -> np.ndarray:
     if grey.dtype in (np.uint8, np.uint16):
         # A table is exact and the fastest: each grey level is divided once.
         levels = (np.arange(np.iinfo(grey.dtype).max + 1) - bottom) / (top - bottom)
-        table: np.ndarray = np.clip(levels, 0, 1).astype(np.float32)
-        return table[np.ascontiguousarray(grey)]
+        scaled: np.ndarray = np.clip(levels, 0, 1).astype(np.float32)[np.ascontiguousarray(grey)]
+        return scaled
     if (bottom, top) == (0.0, 1.0):
         return np.ascontiguousarray(np.clip(grey, 0, 1), dtype=np.float32)
     # Clipped before the division, and halved, so that huge values cannot overflow.

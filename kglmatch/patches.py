@@ -18,8 +18,8 @@ BORDERS = ("replicate", "reflect")
 TOLERANCE = 1e-6
 
 _FLOATS = ("float16", "float32", "float64")
-# Pixels that are computed at once; bounds the memory of interpolation to some 100 MB.
-_CHUNK_PIXELS = 1 << 20
+# Pixels that are computed at once: few enough to stay in the processor's cache.
+_CHUNK_PIXELS = 1 << 16
 _LARGEST_POSITION = 1e8
 
 
@@ -246,11 +246,14 @@ def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 def _index(index: np.ndarray, length: int, border: str) -> np.ndarray:
     """Any whole coordinates -> rows or columns of the image."""
+    inside: np.ndarray
     if border == "replicate" or length == 1:
-        return np.clip(index, 0, length - 1)
-    period = 2 * (length - 1)
-    index = np.mod(index, period)
-    return np.minimum(index, period - index)
+        inside = np.clip(index, 0, length - 1)
+    else:
+        period = 2 * (length - 1)
+        index = np.mod(index, period)
+        inside = np.minimum(index, period - index)
+    return inside
 
 
 def _windows(image: np.ndarray, corner: np.ndarray, size: int, border: str) -> np.ndarray:
@@ -258,8 +261,9 @@ def _windows(image: np.ndarray, corner: np.ndarray, size: int, border: str) -> n
     height, width = image.shape
     inside = ((corner >= 0) & (corner + size <= (width, height))).all(axis=1)
     if inside.all():
-        windows = np.lib.stride_tricks.sliding_window_view(image, (size, size))
-        return windows[corner[:, 1], corner[:, 0]]
+        views = np.lib.stride_tricks.sliding_window_view(image, (size, size))
+        windows: np.ndarray = views[corner[:, 1], corner[:, 0]]
+        return windows
     windows = np.empty((len(corner), size, size), image.dtype)
     if inside.any():
         windows[inside] = _windows(image, corner[inside], size, border)

@@ -11,6 +11,10 @@ from kglmatch.errors import KGLMatchError, OutputError
 from kglmatch.files import atomic_output
 
 
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_moves_the_file_on_success(tmp_path):
     target = tmp_path / "a.b.npz"
     with atomic_output(target) as temporary:
@@ -18,7 +22,7 @@ def test_moves_the_file_on_success(tmp_path):
         temporary.write_bytes(b"new")
         assert not target.exists()
     assert target.read_bytes() == b"new"
-    assert os.listdir(tmp_path) == ["a.b.npz"]
+    assert names(tmp_path) == ["a.b.npz"]
 
 
 def test_replaces_what_was_there_and_accepts_a_string(tmp_path):
@@ -38,14 +42,14 @@ def test_failure_keeps_the_old_file_and_leaves_nothing(tmp_path, failure):
         temporary.write_bytes(b"half")
         raise failure
     assert target.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["a.txt"]
+    assert names(tmp_path) == ["a.txt"]
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(OutputError, match="does not exist") as caught, atomic_output(tmp_path / "no" / "a.txt"):
+    with pytest.raises(OutputError, match="not exist") as caught, atomic_output(tmp_path / "no" / "a"):
         pytest.fail("the body must not run")
     assert isinstance(caught.value, KGLMatchError) and "\n" not in str(caught.value)
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_folder_whose_parent_is_a_file(tmp_path):
@@ -59,7 +63,7 @@ def test_target_is_a_folder(tmp_path):
         pytest.fail("the body must not run")
 
 
-@pytest.mark.skipif(not os.path.exists(os.devnull) or os.name == "nt", reason="needs a device file")
+@pytest.mark.skipif(os.name == "nt", reason="needs a device file")
 def test_device_files_are_not_replaced():
     with pytest.raises(OutputError, match="not a plain file"), atomic_output(os.devnull):
         pytest.fail("the body must not run")
@@ -76,19 +80,19 @@ def test_unwritable_folder(tmp_path):
 def test_full_disk_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match=r"a\.txt"), atomic_output(tmp_path / "a.txt"):
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_errors_about_other_files_pass_unchanged(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_output(tmp_path / "a.txt"):
         (tmp_path / "missing-input").read_bytes()
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_name_too_long_for_the_file_system(tmp_path):
     with pytest.raises(OutputError), atomic_output(tmp_path / ("a" * 300 + ".txt")) as temporary:
         temporary.write_bytes(b"x")
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_symbolic_link_is_written_through(tmp_path):
