@@ -1,0 +1,72 @@
+"""The command line: `kglmatch COMMAND ...`. Results go to stdout, words to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
+
+from kglmatch import __version__
+from kglmatch.errors import KGLMatchError
+
+# Modules of `kglmatch.commands`, in the order in which --help lists them.
+COMMANDS = ("match", "score", "export", "eval", "train", "info", "convert")
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_MISTAKE, f"kglmatch: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; imports nothing heavy."""
+    parser = _Parser(
+        prog="kglmatch",
+        description="Match image patches and whole images across spectra: visible against near infrared, "
+        "thermal or radar.",
+    )
+    parser.add_argument("--version", action="version", version=f"kglmatch {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        if importlib.util.find_spec(f"kglmatch.commands.{name}") is None:
+            continue
+        module: ModuleType = importlib.import_module(f"kglmatch.commands.{name}")
+        module.add_parser(subparsers)
+        subparsers.choices[name].set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of the process.
+
+    Returns:
+        the exit code: 0, 2 for a user's mistake (one line on stderr), 130 after Ctrl-C.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_MISTAKE
+    except KGLMatchError as error:
+        print(f"kglmatch: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        print("kglmatch: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) went away. Python would complain once more while it flushes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

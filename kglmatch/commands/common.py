@@ -1,0 +1,119 @@
+"""Options and outputs that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kglmatch.matcher import Matcher
+
+DEVICE_HELP = '"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N" (default: auto)'
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def say(text: str) -> None:
+    """Prints words for the reader; results alone go to stdout."""
+    print(text, file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """Prints one JSON object on stdout. NaN and infinity, which JSON lacks, are a `ValueError`."""
+    print(json.dumps(value, allow_nan=False))
+
+
+# --- types for argparse: what they raise becomes one line and exit code 2 -------------------------
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    value = _number(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number within [0, 1]."""
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number within [0, 1], got {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --model, --device, --dtype and --batch-size, which `load_matcher` reads."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="M",
+        default="kglnet-vis-nir",
+        help="a bundled model's name (kglmatch info lists them) or a model folder (default: %(default)s)",
+    )
+    add_device_options(group)
+
+
+def add_device_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Adds --device, --dtype and --batch-size."""
+    parser.add_argument("--device", metavar="D", default="auto", help=DEVICE_HELP)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="precision (default: float16 on CUDA, float32 on the CPU)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=positive_int,
+        help="patches that go through the network at once (default: what suits the device)",
+    )
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --json: one JSON object on stdout, and nothing else there."""
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def output_path(text: str) -> Path:
+    """The name of a file to write; an empty one is a mistake."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a file, got an empty one")
+    return Path(text)
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def load_matcher(args: argparse.Namespace) -> Matcher:
+    """The `Matcher` that the model options ask for; it draws progress bars on a terminal.
+
+    Raises:
+        WeightsError, ConfigError, BackendError: as `Matcher.from_pretrained`.
+    """
+    from kglmatch.matcher import Matcher
+
+    return Matcher.from_pretrained(
+        args.model, device=args.device, dtype=args.dtype, batch_size=args.batch_size
+    )
