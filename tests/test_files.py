@@ -8,7 +8,7 @@ import os
 import pytest
 
 from kglmatch.errors import KGLMatchError, OutputError
-from kglmatch.files import atomic_output
+from kglmatch.files import atomic_folder, atomic_output, check_output, make_folder
 
 
 def names(folder):
@@ -113,3 +113,57 @@ def test_new_files_get_ordinary_permissions(tmp_path):
     with atomic_output(tmp_path / "ours") as temporary:
         temporary.write_bytes(b"")
     assert (tmp_path / "ours").stat().st_mode == plain.stat().st_mode
+
+
+def test_check_output_leaves_nothing_and_keeps_the_old_file(tmp_path):
+    old = tmp_path / "old.txt"
+    old.write_text("old")
+    check_output(old)
+    check_output(tmp_path / "new.txt")
+    assert names(tmp_path) == ["old.txt"] and old.read_text() == "old"
+    with pytest.raises(OutputError, match="does not exist"):
+        check_output(tmp_path / "no" / "new.txt")
+
+
+@pytest.mark.parametrize("empty_folder_there", [False, True])
+def test_atomic_folder_appears_whole(tmp_path, empty_folder_there):
+    target = tmp_path / "model"
+    if empty_folder_there:
+        target.mkdir()
+    with atomic_folder(target) as temporary:
+        (temporary / "a.txt").write_text("a")
+        assert not (target / "a.txt").exists()
+    assert names(tmp_path) == ["model"] and names(target) == ["a.txt"]
+
+
+def test_atomic_folder_goes_if_the_body_raises(tmp_path):
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model") as temporary:
+        (temporary / "a.txt").write_text("a")
+        raise RuntimeError
+    assert names(tmp_path) == []
+    with pytest.raises(OutputError, match="space"), atomic_folder(tmp_path / "model") as temporary:
+        raise OSError(errno.ENOSPC, "No space left on device", str(temporary / "a.txt"))
+    assert names(tmp_path) == []
+
+
+def test_atomic_folder_never_replaces_what_is_there(tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "kept.txt").write_text("kept")
+    with pytest.raises(OutputError, match="not empty"), atomic_folder(full):
+        pytest.fail("the body must not run")
+    with pytest.raises(OutputError, match="it is a file"), atomic_folder(full / "kept.txt"):
+        pytest.fail("the body must not run")
+    with pytest.raises(OutputError, match="does not exist"), atomic_folder(tmp_path / "no" / "model"):
+        pytest.fail("the body must not run")
+    assert names(full) == ["kept.txt"] and names(tmp_path) == ["full"]
+
+
+def test_make_folder(tmp_path):
+    folder = make_folder(tmp_path / "a" / "b")
+    assert folder.is_dir() and make_folder(folder) == folder
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="it is a file"):
+        make_folder(tmp_path / "file")
+    with pytest.raises(OutputError, match="cannot make"):
+        make_folder(tmp_path / "file" / "b")
