@@ -247,11 +247,7 @@ class Matcher:
         grey = load_image(image)
         height, width = grey.shape
         size = self.config.patch_size
-        if min(height, width) < size:
-            name = f"{image}: " if isinstance(image, str | Path) else ""
-            raise ImageError(
-                f"{name}the image is {width} x {height} pixels, smaller than a patch ({size} x {size})"
-            )
+        check_image_size(grey, size, str(image) if isinstance(image, str | Path) else f"the {modality} image")
         if keypoints is None:
             detector = detector or self.config.inference.get("detector", "sift")
             keypoints = detect_keypoints(
@@ -279,7 +275,7 @@ class Matcher:
         """Matches two images and estimates the homography between them.
 
         Args:
-            vis, ir: images, as for `extract`.
+            vis, ir: images, as for `extract`, or the features that `extract` made of them.
             detector, max_keypoints: as for `extract`.
             top_k, mutual, one_to_one, min_score, max_displacement, decide: as for `match`.
             threshold: pixels; matches farther from the homography are outliers.
@@ -294,9 +290,13 @@ class Matcher:
         check_match_parameters(top_k, min_score, max_displacement, decide)
         maps = decide == "metric"
         features_vis, features_ir = (
-            self.extract(image, modality, detector=detector, max_keypoints=max_keypoints, maps=maps)
+            image
+            if isinstance(image, Features)
+            else self.extract(image, modality, detector=detector, max_keypoints=max_keypoints, maps=maps)
             for image, modality in ((vis, "vis"), (ir, "ir"))
         )
+        if features_vis.keypoints is None or features_ir.keypoints is None:
+            raise KGLMatchError("match_images needs features with keypoints on both sides")
         matches = self.match(
             features_vis,
             features_ir,
@@ -383,6 +383,15 @@ class Matcher:
             kept.append((rows_vis[best], rows_ir[best], scores[best], distances[best]))
         rows_vis, rows_ir, scores, distances = (np.concatenate(p) for p in zip(*kept, strict=True))
         return rows_vis, rows_ir, scores, distances
+
+
+def check_image_size(image: NDArray[Any], patch_size: int, name: str) -> None:
+    """Raises `ImageError` for an image (H, W) that is smaller than a patch; `name` is what to call it."""
+    height, width = image.shape
+    if min(height, width) < patch_size:
+        raise ImageError(
+            f"{name} is {width} x {height} pixels, smaller than a patch ({patch_size} x {patch_size})"
+        )
 
 
 def check_match_parameters(

@@ -20,6 +20,7 @@ class Backend(Protocol):
         device: where it runs, as one would ask for it ("cpu", "cuda:0").
         dtype: precision of the convolutions ("float32", "float16", "bfloat16").
         batch_size: patches that go through the network at once.
+        progress: draw a bar on stderr, if that is a terminal, while the network works.
     """
 
     config: KGLNetConfig
@@ -27,6 +28,7 @@ class Backend(Protocol):
     device: str
     dtype: str
     batch_size: int
+    progress: bool
 
     def encode(self, patches: Array, modality: Modality, *, maps: bool) -> tuple[Array, Array | None]:
         """(N, P, P) uint8 or floats -> descriptors (N, D) float32 and metric maps (N, 256, S, S).

@@ -14,6 +14,7 @@ from kglmatch.errors import BackendError, KGLMatchError
 from kglmatch.features import Array, Modality, to_numpy
 from kglmatch.matching import CHUNK
 from kglmatch.network import KGLNet
+from kglmatch.progress import steps
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEFAULT_BATCH = {"cpu": 64, "cuda": 1024}
@@ -67,6 +68,7 @@ class TorchBackend:
         batch_size: int | None = None,
     ) -> None:
         self.config = config
+        self.progress = False
         self._device = choose_device(device)
         kind = self._device.type
         if dtype is None:
@@ -110,7 +112,7 @@ class TorchBackend:
             if maps
             else None
         )
-        for start in range(0, n, self.batch_size):
+        for start in steps(range(0, n, self.batch_size), f"describe {modality}", show=self.progress):
             part = slice(start, start + self.batch_size)
             x = self._to_device(patches[part])
             if metric_maps is None:
@@ -130,7 +132,7 @@ class TorchBackend:
         a, b = self._maps(maps_vis), self._maps(maps_ir)
         n = len(a) if rows_vis is None else len(rows_vis)
         out = torch.empty(n, device=self._device)
-        for start in range(0, n, self.batch_size):
+        for start in steps(range(0, n, self.batch_size), "score", show=self.progress):
             part = slice(start, start + self.batch_size)
             out[part] = self.net.score(self._rows(a, rows_vis, part), self._rows(b, rows_ir, part))
         return to_numpy(out)
