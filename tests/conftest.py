@@ -1,0 +1,67 @@
+"""What several test files share: the parity folder, a bundled matcher, images made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def parity() -> Path:
+    """Numbers made by the published code; not part of the repository."""
+    folder = SHARED / "parity"
+    if not folder.is_dir():
+        pytest.skip("the published code's numbers (../shared/parity) are not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real image pairs that may not be redistributed; not part of the repository."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip("the real image pairs (../shared/data) are not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def matcher():
+    """The bundled VIS-NIR model on the CPU."""
+    from kglmatch import Matcher
+
+    return Matcher.from_pretrained("kglnet-vis-nir", device="cpu", batch_size=16)
+
+
+def texture(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """(height, width) float32 in [0, 1]: smooth random structure with corners at several scales."""
+    rng = np.random.default_rng(seed)
+    image = np.zeros((height, width), np.float32)
+    for sigma in (1.5, 4, 10):
+        layer = cv2.GaussianBlur(rng.standard_normal((height, width)).astype(np.float32), (0, 0), sigma)
+        image += layer / layer.std()
+    for _ in range(width * height // 1500):
+        x, y = rng.integers(0, width), rng.integers(0, height)
+        w, h = rng.integers(4, 24, 2)
+        cv2.rectangle(image, (int(x), int(y)), (int(x + w), int(y + h)), float(rng.normal(0, 2)), -1)
+    low, high = np.percentile(image, [0.5, 99.5])
+    return np.clip((image - low) / (high - low), 0, 1).astype(np.float32)
+
+
+def other_sensor(image: np.ndarray) -> np.ndarray:
+    """The same scene as another sensor might see it: another tone curve, softer."""
+    return cv2.GaussianBlur(np.clip(0.15 + 0.7 * image**1.6, 0, 1), (0, 0), 0.7).astype(np.float32)
+
+
+@pytest.fixture
+def image_pair(tmp_path: Path) -> tuple[Path, Path]:
+    """Two 8-bit PNG files of one registered scene, 192 x 160."""
+    vis = texture(192, 160)
+    paths = tmp_path / "scene_vis.png", tmp_path / "scene_ir.png"
+    for path, image in zip(paths, (vis, other_sensor(vis)), strict=True):
+        cv2.imwrite(str(path), np.rint(image * 255).astype(np.uint8))
+    return paths

@@ -1,0 +1,218 @@
+"""`Matcher`, end to end on the bundled weights."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import other_sensor, texture
+
+from kglmatch import Matcher
+from kglmatch.errors import BackendError, ImageError, KGLMatchError, PatchError, WeightsError
+from kglmatch.patches import extract_patches
+
+
+@pytest.fixture(scope="module")
+def patches():
+    """Ten matching pairs of patches, (10, 64, 64) float32 each."""
+    vis = texture(400, 170, seed=5)
+    xy = np.array([[40 + 70 * (i % 5), 45 + 75 * (i // 5)] for i in range(10)], np.float32)
+    return extract_patches(vis, xy), extract_patches(other_sensor(vis), xy)
+
+
+@pytest.fixture(scope="module")
+def features(matcher, patches):
+    return matcher.describe(patches[0], "vis"), matcher.describe(patches[1], "ir")
+
+
+def test_describe_gives_unit_descriptors_and_maps(features):
+    vis, _ = features
+    assert vis.descriptors.shape == (10, 128)
+    assert vis.descriptors.dtype == np.float32
+    assert np.allclose(np.linalg.norm(vis.descriptors, axis=1), 1, atol=1e-5)
+    assert tuple(vis.maps.shape) == (10, 256, 8, 8)
+
+
+def test_the_two_modalities_are_not_the_same_network(matcher, patches):
+    vis = matcher.describe(patches[0][:2], "vis", maps=False)
+    ir = matcher.describe(patches[0][:2], "ir", maps=False)
+    assert vis.maps is None
+    assert np.abs(vis.descriptors - ir.descriptors).max() > 1e-2
+
+
+def test_shape_and_type_of_patches_do_not_matter(matcher, patches):
+    eight_bit = np.rint(patches[0][:3] * 255).astype(np.uint8)
+    expected = matcher.describe(eight_bit, "vis", maps=False).descriptors
+    for same in (eight_bit[:, None], eight_bit / 255.0, (eight_bit / 255).astype(np.float32)):
+        assert np.abs(matcher.describe(same, "vis", maps=False).descriptors - expected).max() < 1e-5
+    as_torch = matcher.describe(torch.from_numpy(eight_bit), "vis", maps=False).descriptors
+    assert isinstance(as_torch, torch.Tensor)
+    assert np.abs(as_torch.numpy() - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_few_patches(matcher, patches, n):
+    vis, ir = matcher.describe(patches[0][:n], "vis"), matcher.describe(patches[1][:n], "ir")
+    assert vis.descriptors.shape == (n, 128)
+    assert tuple(vis.maps.shape) == (n, 256, 8, 8)
+    assert matcher.score(vis, ir).shape == (n,)
+    matches = matcher.match(vis, ir, min_score=0)
+    assert matches.indices.shape == (n, 2)
+    assert matches.indices.dtype == np.int64
+    assert matches.scores.dtype == matches.distances.dtype == np.float32
+
+
+def test_a_result_does_not_depend_on_its_batch(matcher, patches, features):
+    alone = matcher.describe(patches[0][7:8], "vis")
+    assert np.abs(alone.descriptors[0] - features[0].descriptors[7]).max() < 1e-5
+    score = matcher.score(*features)
+    assert abs(matcher.score(features[0][7:8], features[1][7:8])[0] - score[7]) < 1e-5
+
+
+def test_score_of_features_equals_score_of_patches(matcher, patches, features):
+    score = matcher.score(*features)
+    assert score.dtype == np.float32
+    assert ((score >= 0) & (score <= 1)).all()
+    assert np.abs(matcher.score(*patches) - score).max() < 1e-5
+    as_torch = matcher.score(*(torch.from_numpy(p) for p in patches))
+    assert isinstance(as_torch, torch.Tensor)
+    assert np.abs(as_torch.numpy() - score).max() < 1e-5
+
+
+@pytest.mark.parametrize("decide", ["metric", "descriptor"])
+@pytest.mark.parametrize("top_k", [3, None])
+def test_match_finds_the_pairs(matcher, features, decide, top_k):
+    shuffled = np.random.default_rng(0).permutation(10)
+    matches = matcher.match(features[0], features[1][shuffled], decide=decide, top_k=top_k, min_score=0)
+    right = shuffled[matches.indices[:, 1]] == matches.indices[:, 0]
+    assert right.sum() >= 8
+    assert (np.diff(matches.scores) <= 0).all()
+    assert len(set(matches.indices[:, 1])) == len(matches)
+    expected = np.linalg.norm(
+        features[0].descriptors[matches.indices[:, 0]]
+        - features[1].descriptors[shuffled[matches.indices[:, 1]]],
+        axis=1,
+    )
+    assert np.abs(matches.distances - expected).max() < 1e-3
+
+
+def test_scoring_every_pair_in_chunks_equals_at_once(matcher, features, monkeypatch):
+    whole = matcher.match(*features, top_k=None, min_score=0)
+    monkeypatch.setattr("kglmatch.matcher.CHUNK", 256 * 30)  # three rows at a time
+    parts = matcher.match(*features, top_k=None, min_score=0)
+    assert np.array_equal(whole.indices, parts.indices)
+
+
+def test_a_shortlist_as_long_as_the_set_equals_every_pair(matcher, features):
+    every, listed = (matcher.match(*features, top_k=k, min_score=0) for k in (None, 10))
+    assert np.array_equal(every.indices, listed.indices)
+
+
+def test_max_displacement_is_exact(matcher, patches):
+    rng = np.random.default_rng(1)
+    at = rng.uniform(0, 30, (10, 2)).astype(np.float32)
+    vis = matcher.describe(patches[0], "vis", keypoints=at)
+    ir = matcher.describe(patches[1], "ir", keypoints=at + 2)
+    matches = matcher.match(vis, ir, max_displacement=4, min_score=0, mutual=False, one_to_one=False)
+    moved = np.linalg.norm(matches.keypoints_vis - matches.keypoints_ir, axis=1)
+    assert (moved <= 4).all()
+    assert len(matches) == 10  # each has its own partner 2.8 pixels away
+    assert len(matcher.match(vis, ir, max_displacement=0, min_score=0)) == 0
+
+
+def test_one_to_one_and_mutual(matcher, patches, features):
+    twice = matcher.describe(np.concatenate([patches[0][:3], patches[0][:3]]), "vis")
+    loose = matcher.match(twice, features[1], mutual=False, one_to_one=False, min_score=0)
+    assert len(loose) == 6
+    for options in ({"mutual": False, "one_to_one": True}, {"mutual": True}):
+        strict = matcher.match(twice, features[1], min_score=0, **options)
+        assert len(set(strict.indices[:, 1])) == len(strict) <= 3
+
+
+def test_features_from_a_file_match_the_same(matcher, features, tmp_path):
+    from kglmatch import Features
+
+    features[0].save(tmp_path / "vis.npz")
+    again = matcher.match(Features.load(tmp_path / "vis.npz"), features[1], min_score=0)
+    assert np.array_equal(again.indices, matcher.match(*features, min_score=0).indices)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 0},
+        {"min_score": 1.5},
+        {"min_score": float("nan")},
+        {"max_displacement": -1},
+        {"decide": "best"},
+        {"max_displacement": 3},  # no keypoints
+    ],
+)
+def test_bad_parameters_of_match(matcher, features, options):
+    with pytest.raises(KGLMatchError):
+        matcher.match(*features, **options)
+
+
+def test_what_does_not_belong_together_is_refused(matcher, features, patches):
+    vis, ir = features
+    with pytest.raises(KGLMatchError, match="order is vis, ir"):
+        matcher.match(ir, vis)
+    with pytest.raises(KGLMatchError, match="row by row"):
+        matcher.score(vis, ir[:3])
+    with pytest.raises(KGLMatchError, match="maps=True"):
+        matcher.match(dataclasses.replace(vis, maps=None), ir)
+    with pytest.raises(KGLMatchError, match="modality"):
+        matcher.describe(patches[0], "thermal")
+    with pytest.raises(PatchError, match="keypoints"):
+        matcher.describe(patches[0], "vis", keypoints=np.zeros((3, 2)))
+
+
+def test_match_images_of_a_registered_pair(matcher, image_pair):
+    matches = matcher.match_images(*image_pair, max_displacement=5, max_keypoints=60)
+    assert len(matches) > 10
+    moved = np.linalg.norm(matches.keypoints_vis - matches.keypoints_ir, axis=1)
+    assert np.median(moved) < 2
+    assert (moved <= 5).all()
+    assert matches.inliers.shape == (len(matches),)
+    assert matches.homography.shape == (3, 3)
+
+
+def test_match_images_without_structure_is_empty(matcher):
+    matches = matcher.match_images(np.full((80, 90), 0.5, np.float32), np.zeros((100, 70), np.uint8))
+    assert len(matches) == 0
+    assert matches.homography is None
+    assert matches.keypoints_vis.shape == (0, 2)
+    assert matches.inliers.dtype == bool
+
+
+def test_extract_at_given_keypoints(matcher, image_pair):
+    xy = np.array([[50, 60], [100.5, 80]], np.float32)
+    features = matcher.extract(image_pair[0], "vis", keypoints=xy, maps=False)
+    assert np.array_equal(features.keypoints, xy)
+    assert features.image_size == (192, 160)
+
+
+def test_an_image_smaller_than_a_patch(matcher):
+    with pytest.raises(ImageError, match="50 x 70"):
+        matcher.extract(np.zeros((70, 50), np.uint8), "vis")
+
+
+def test_models_and_devices_that_are_not_there():
+    with pytest.raises(WeightsError, match="kglnet-vis-nir"):
+        Matcher.from_pretrained("kglnet-vis-uv")
+    for device in ("cuda:99", "tpu", "mps"):
+        with pytest.raises(BackendError, match="device"):
+            Matcher.from_pretrained("kglnet-vis-nir", device=device)
+    with pytest.raises(BackendError, match="dtype"):
+        Matcher.from_pretrained("kglnet-vis-nir", device="cpu", dtype="int8")
+    with pytest.raises(KGLMatchError, match="batch_size"):
+        Matcher.from_pretrained("kglnet-vis-nir", device="cpu", batch_size=0)
+
+
+def test_network_inputs_do_not_depend_on_brightness(matcher, patches):
+    # The first layer normalises: half the exposure is the same patch.
+    bright = matcher.describe(patches[0][:4], "vis", maps=False).descriptors
+    dark = matcher.describe(patches[0][:4] / 2, "vis", maps=False).descriptors
+    assert np.abs(bright - dark).max() < 1e-2
