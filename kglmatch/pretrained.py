@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from kglmatch.config import KGLNetConfig
 from kglmatch.errors import WeightsError
-from kglmatch.files import atomic_output
+from kglmatch.files import atomic_output, make_folder
+from kglmatch.hub import HubOptions, download, parse_hub_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,10 +20,13 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
 DEFAULT_MODEL = "kglnet-vis-nir"
 
-# SHA-256 of each bundled model's weights, so that a damaged installation is noticed.
-BUNDLED_SHA256: dict[str, str] = {}
+# Lies beside the bundled models, in the form of `sha256sum`, so that a damaged installation is noticed.
+CHECKSUMS_FILE = "SHA256SUMS"
+CHECKSUMS_COMMAND = f"sha256sum */{WEIGHTS_FILE} > {CHECKSUMS_FILE}"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,29 @@ class ModelFiles:
         name: as it was asked for.
         source: "bundled", "folder" or "hub".
         config, weights: paths of `config.json` and `model.safetensors`.
+        repo_id, commit: of a model from the Hub, "owner/name" and the commit's hash; else None.
     """
 
     name: str
     source: str
     config: Path
     weights: Path
+    repo_id: str | None = None
+    commit: str | None = None
+
+    @property
+    def origin(self) -> str:
+        """Where the model comes from, in words."""
+        if self.source == "bundled":
+            return "bundled with kglmatch"
+        if self.source == "folder":
+            return f"the local folder {self.config.parent}"
+        return f"{self.repo_id} on the Hugging Face Hub, commit {self.commit}"
+
+    @property
+    def card(self) -> Path:
+        """Path of the model card, which need not be there."""
+        return self.config.with_name(CARD_FILE)
 
 
 def weights_root() -> Path:
@@ -53,39 +75,74 @@ def list_pretrained() -> list[str]:
     return sorted(path.parent.name for path in root.glob(f"*/{CONFIG_FILE}")) if root.is_dir() else []
 
 
-def resolve(name: str | Path) -> ModelFiles:
-    """Finds a model's files: a bundled name first, then a local folder.
+def resolve(name: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
+    """Finds a model's files: a bundled name first, then a local folder, then a model on the Hub.
+
+    Args:
+        name: a bundled name, a folder, or "owner/name" or "owner/name@revision" on the Hub.
+        hub: see `kglmatch.hub.HubOptions`; of no meaning for bundled models and folders, except
+            that those have no `revision`.
 
     Raises:
-        WeightsError: no such model, or a folder without the files of one.
+        WeightsError: no such model, a folder without the files of one, or what went wrong with the
+            Hub.
     """
-    bundled = list_pretrained()
-    if str(name) in bundled:
-        return _in_folder(str(name), "bundled", weights_root() / str(name))
-    folder = Path(name)
-    if folder.is_dir():
-        return _in_folder(str(name), "folder", folder)
-    raise WeightsError(
-        f"unknown model {str(name)!r}: neither a bundled model ({', '.join(bundled) or 'none installed'}) "
-        "nor a local folder"
+    found = _find_local(name, hub.get("revision"))
+    if isinstance(found, ModelFiles):
+        missing = [path.name for path in (found.config, found.weights) if not path.is_file()]
+        if missing:
+            raise WeightsError(
+                f"{found.config.parent} is not a model folder: it lacks {' and '.join(missing)}"
+            )
+        return found
+    repo_id, hub["revision"] = found
+    snapshot = download(repo_id, [CONFIG_FILE, WEIGHTS_FILE], **hub)
+    return ModelFiles(
+        str(name),
+        "hub",
+        snapshot.folder / CONFIG_FILE,
+        snapshot.folder / WEIGHTS_FILE,
+        repo_id,
+        snapshot.commit,
     )
 
 
-def _in_folder(name: str, source: str, folder: Path) -> ModelFiles:
-    files = ModelFiles(name, source, folder / CONFIG_FILE, folder / WEIGHTS_FILE)
-    missing = [path.name for path in (files.config, files.weights) if not path.is_file()]
-    if missing:
-        raise WeightsError(f"{folder} is not a model folder: it lacks {' and '.join(missing)}")
-    return files
+def _find_local(name: str | Path, revision: str | None) -> ModelFiles | tuple[str, str | None]:
+    """A bundled model or a folder, whose files may be missing; or a repository and its revision."""
+    bundled = list_pretrained()
+    if str(name) in bundled:
+        source, folder = "bundled", weights_root() / str(name)
+    elif str(name) and Path(name).is_dir():
+        source, folder = "folder", Path(name)
+    else:
+        on_hub = parse_hub_name(str(name))
+        if on_hub is None:
+            raise WeightsError(
+                f"unknown model {str(name)!r}: neither bundled ({', '.join(bundled) or 'none installed'}) "
+                "nor a local folder nor a name on the Hub (owner/name or owner/name@revision)"
+            )
+        repo_id, in_name = on_hub
+        if revision and in_name and revision != in_name:
+            raise WeightsError(f"{name} names one revision and revision={revision!r} another: give one")
+        return repo_id, revision or in_name
+    if revision:
+        raise WeightsError(
+            f"revision={revision!r} was given, but {str(name)!r} is {source}: only models on the Hub have one"
+        )
+    return ModelFiles(str(name), source, folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
-def load_config(name: str | Path) -> KGLNetConfig:
-    """The configuration of a model, without its weights. Errors as for `load_model`."""
-    return KGLNetConfig.from_file(resolve(name).config)
+def load_config(name: str | Path, **hub: Unpack[HubOptions]) -> KGLNetConfig:
+    """The configuration of a model, without its weights. Arguments and errors as for `resolve`.
+
+    Raises:
+        ConfigError: a wrong `config.json`.
+    """
+    return KGLNetConfig.from_file(resolve(name, **hub).config)
 
 
-def load_model(name: str | Path) -> tuple[dict[str, Tensor], KGLNetConfig]:
-    """Reads a model's weights and configuration.
+def load_model(name: str | Path, **hub: Unpack[HubOptions]) -> tuple[dict[str, Tensor], KGLNetConfig]:
+    """Reads a model's weights and configuration. Arguments as for `resolve`.
 
     Returns:
         a float32 state dict on the CPU that fits `KGLNet(config)` exactly, and the config.
@@ -94,7 +151,11 @@ def load_model(name: str | Path) -> tuple[dict[str, Tensor], KGLNetConfig]:
         WeightsError: no such model, a damaged file, or tensors that do not fit the configuration.
         ConfigError: a wrong `config.json`.
     """
-    files = resolve(name)
+    return load_files(resolve(name, **hub))
+
+
+def load_files(files: ModelFiles) -> tuple[dict[str, Tensor], KGLNetConfig]:
+    """Reads what `resolve` found. Returns and raises as `load_model`."""
     config = KGLNetConfig.from_file(files.config)
     state = _read_safetensors(files)
     _check_fit(state, config, files.weights)
@@ -105,18 +166,53 @@ def _read_safetensors(files: ModelFiles) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    path = files.weights
     try:
-        data = files.weights.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
-        raise WeightsError(f"cannot read {files.weights}: {error.strerror or error}") from error
-    expected = BUNDLED_SHA256.get(files.name) if files.source == "bundled" else None
+        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
+    expected = _expected_sha256(files)
     if expected is not None and hashlib.sha256(data).hexdigest() != expected:
-        raise WeightsError(f"{files.weights} is damaged (its checksum differs): install kglmatch again")
+        raise WeightsError(f"{path} is damaged (its checksum differs): {_way_out(files)}")
     try:
         state = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise WeightsError(f"{files.weights} is not a valid safetensors file: {error}") from error
+        raise WeightsError(f"{path} is not a valid safetensors file ({error}): {_way_out(files)}") from error
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def _expected_sha256(files: ModelFiles) -> str | None:
+    """The checksum that the weights must have, where one is known."""
+    if files.source == "bundled":
+        return _bundled_sha256(files.name)
+    if files.source == "hub" and files.weights.is_symlink():
+        # The cache names the content of large files by its SHA-256; of small ones, by something else.
+        name = files.weights.readlink().name
+        return name if _SHA256.fullmatch(name) else None
+    return None
+
+
+def _bundled_sha256(name: str) -> str:
+    path = weights_root() / CHECKSUMS_FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeightsError(f"cannot read {path} ({error}): install kglmatch again") from error
+    for line in lines:
+        checksum, _, file = line.partition("  ")
+        if file == f"{name}/{WEIGHTS_FILE}":
+            return checksum
+    raise WeightsError(
+        f"{path} lacks {name}: install kglmatch again, or in a checkout run `{CHECKSUMS_COMMAND}` beside it"
+    )
+
+
+def _way_out(files: ModelFiles) -> str:
+    if files.source == "bundled":
+        return f"install kglmatch again, or in a checkout run `{CHECKSUMS_COMMAND}` in {weights_root()}"
+    if files.source == "hub":
+        return "download it again with force_download=True"
+    return "copy or export it again"
 
 
 def _check_fit(state: Mapping[str, Tensor], config: KGLNetConfig, path: Path) -> None:
@@ -153,13 +249,11 @@ def save_model(
 
     Raises:
         OutputError: the folder cannot be written.
+        WeightsError: a weight that is not finite, or too large for float16.
     """
     import torch
     from safetensors.torch import save
 
-    from kglmatch.files import make_folder
-
-    folder = make_folder(folder)
     tensors = {
         key: (value.to(torch.float16) if half and value.is_floating_point() else value)
         .detach()
@@ -167,6 +261,12 @@ def save_model(
         .contiguous()
         for key, value in state.items()
     }
+    for key, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            raise WeightsError(
+                f"cannot save {key}: it holds NaN, or values beyond float16 (half=False keeps them)"
+            )
+    folder = make_folder(folder)
     with atomic_output(folder / WEIGHTS_FILE) as temporary:
         temporary.write_bytes(save(tensors))
     with atomic_output(folder / CONFIG_FILE) as temporary:
