@@ -207,11 +207,7 @@ def save_image(path: str | os.PathLike[str], array: np.ndarray) -> None:
         OutputError: an unknown extension, or a file that cannot be written.
     """
     name = os.fspath(path)
-    extension = Path(name).suffix.lower()
-    if extension not in _FORMATS:
-        raise OutputError(
-            f"cannot write {name}: unknown image extension {extension!r}; known are {', '.join(_FORMATS)}"
-        )
+    extension = check_image_name(name)
     pixels = np.asarray(array)
     _check_array(pixels, f"the image for {name}")
     if pixels.ndim == 3 and pixels.shape[2] == 1:
@@ -243,6 +239,17 @@ def save_image(path: str | os.PathLike[str], array: np.ndarray) -> None:
         raise OutputError(f"cannot write {name}: OpenCV cannot encode {pixels.shape} {pixels.dtype}")
     with atomic_output(name) as temporary:
         temporary.write_bytes(encoded.tobytes())
+
+
+def check_image_name(path: str | os.PathLike[str]) -> str:
+    """The extension of an image file to write, in lower case; `OutputError` if it is not a known one."""
+    extension = Path(path).suffix.lower()
+    if extension not in _FORMATS:
+        raise OutputError(
+            f"cannot write {os.fspath(path)}: unknown image extension {extension!r}; "
+            f"known are {', '.join(_FORMATS)}"
+        )
+    return extension
 
 
 def _checked_percentiles(percentiles: tuple[float, float]) -> tuple[float, float]:
