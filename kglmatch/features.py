@@ -101,7 +101,7 @@ class Features:
         Raises:
             DataError: missing, damaged, or not a file of features.
         """
-        arrays = _read_npz(path, {"descriptors", "modality"})
+        arrays = read_npz(path, {"descriptors", "modality"})
         size = arrays.get("image_size")
         return cls(
             arrays["descriptors"],
@@ -160,7 +160,7 @@ class Matches:
     @classmethod
     def load(cls, path: str | Path) -> Matches:
         """Reads an `.npz` that `save` wrote. Raises `DataError` where it cannot."""
-        arrays = _read_npz(path, {"indices", "scores", "distances"})
+        arrays = read_npz(path, {"indices", "scores", "distances"})
         return cls(**{f.name: arrays.get(f.name) for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
@@ -179,7 +179,8 @@ def _check_rows(rows: Rows, length: int) -> Rows:
     return index
 
 
-def _read_npz(path: str | Path, required: set[str]) -> dict[str, NDArray[Any]]:
+def read_npz(path: str | Path, required: set[str]) -> dict[str, NDArray[Any]]:
+    """All arrays of an `.npz`, by name; nothing is unpickled. Raises `DataError` where one is lacking."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

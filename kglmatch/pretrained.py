@@ -158,7 +158,7 @@ def load_files(files: ModelFiles) -> tuple[dict[str, Tensor], KGLNetConfig]:
     """Reads what `resolve` found. Returns and raises as `load_model`."""
     config = KGLNetConfig.from_file(files.config)
     state = _read_safetensors(files)
-    _check_fit(state, config, files.weights)
+    check_fit(state, config, files.weights)
     return state, config
 
 
@@ -215,7 +215,12 @@ def _way_out(files: ModelFiles) -> str:
     return "copy or export it again"
 
 
-def _check_fit(state: Mapping[str, Tensor], config: KGLNetConfig, path: Path) -> None:
+def check_fit(state: Mapping[str, Tensor], config: KGLNetConfig, origin: str | Path) -> None:
+    """Raises `WeightsError` unless the tensors are those of `KGLNet(config)`, by name and shape, and finite.
+
+    Args:
+        origin: where they come from, for the error.
+    """
     import torch
 
     from kglmatch.network import KGLNet
@@ -226,17 +231,17 @@ def _check_fit(state: Mapping[str, Tensor], config: KGLNetConfig, path: Path) ->
     unexpected = sorted(set(state) - set(expected))
     if missing or unexpected:
         raise WeightsError(
-            f"{path} does not fit its config.json: {len(missing)} tensors missing (first: {missing[:2]}), "
-            f"{len(unexpected)} unexpected (first: {unexpected[:2]})"
+            f"{origin} does not fit its configuration: {len(missing)} tensors missing "
+            f"(first: {missing[:2]}), {len(unexpected)} unexpected (first: {unexpected[:2]})"
         )
     for key, shape in expected.items():
         if state[key].shape != shape:
             raise WeightsError(
-                f"{path} does not fit its config.json: {key} is {tuple(state[key].shape)}, "
+                f"{origin} does not fit its configuration: {key} is {tuple(state[key].shape)}, "
                 f"expected {tuple(shape)}"
             )
         if not bool(torch.isfinite(state[key]).all()):
-            raise WeightsError(f"{path} is damaged: {key} holds NaN or infinite values")
+            raise WeightsError(f"{origin} is damaged: {key} holds NaN or infinite values")
 
 
 def save_model(
