@@ -177,10 +177,11 @@ class _Wanted:
         except HfHubHTTPError:
             raise
         except _client_errors() as error:
+            missing = "force_download needs it" if self.force_download else f"{self} is not in {self.cache}"
             raise WeightsError(
-                f"cannot reach the Hub at {self.hub} ({one_line(error)}), and {self} is not in the cache at "
-                f"{self.cache}: check the connection, or use a bundled model{_bundled()} or a downloaded one "
-                "(HF_HUB_OFFLINE=1 or local_files_only=True asks nobody)"
+                f"cannot reach the Hub at {self.hub} ({one_line(error)}), and {missing}: check the "
+                f"connection, or use a bundled model{_bundled()} or a downloaded one (HF_HUB_OFFLINE=1 or "
+                "local_files_only=True asks nobody)"
             ) from error
         if metadata.commit_hash is None:
             raise WeightsError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ from kglmatch.patches import check_patches, extract_patches
 
 if TYPE_CHECKING:
     from kglmatch.backends.base import Backend
+    from kglmatch.model_card import ModelCard
+    from kglmatch.pretrained import ModelFiles
 
 DECISIONS = ("metric", "descriptor")
 DEFAULT_TOP_K = 3
@@ -52,10 +55,12 @@ class Matcher:
 
     Args:
         backend: runs the network; see `from_pretrained`.
+        source: where its weights came from, if from files.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, source: ModelFiles | None = None) -> None:
         self.backend = backend
+        self.source = source
 
     @classmethod
     def from_pretrained(
@@ -65,26 +70,119 @@ class Matcher:
         device: str = "auto",
         dtype: str | None = None,
         batch_size: int | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        endpoint: str | None = None,
     ) -> Matcher:
         """Loads trained weights.
 
         Args:
-            name_or_path: a bundled model's name (`kglmatch.list_pretrained()`) or a local folder with
-                `config.json` and `model.safetensors`.
+            name_or_path: a bundled model's name (`kglmatch.list_pretrained()`), a local folder with
+                `config.json` and `model.safetensors`, or a model on the Hugging Face Hub,
+                "owner/name" or "owner/name@revision"; looked for in this order.
             device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
             dtype: "float32", "float16" or "bfloat16"; None takes float16 on CUDA, else float32.
             batch_size: patches that go through the network at once; None suits the device.
+            revision, token, cache_dir, local_files_only, force_download, endpoint: how to reach the
+                Hub, see `kglmatch.hub.HubOptions`.
 
         Raises:
-            WeightsError: no such model, or damaged files.
+            WeightsError: no such model, damaged files, or what went wrong with the Hub.
             ConfigError: a wrong `config.json`.
             BackendError: a device that cannot be had; nothing else is taken in its place.
         """
         from kglmatch.backends.torch import TorchBackend
-        from kglmatch.pretrained import load_model
+        from kglmatch.pretrained import load_files, resolve
 
-        state, config = load_model(name_or_path)
-        return cls(TorchBackend(state, config, device=device, dtype=dtype, batch_size=batch_size))
+        files = resolve(
+            name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            endpoint=endpoint,
+        )
+        state, config = load_files(files)
+        backend = TorchBackend(state, config, device=device, dtype=dtype, batch_size=batch_size)
+        return cls(backend, files)
+
+    def save_pretrained(
+        self, folder: str | Path, *, card: ModelCard | str | None = None, half: bool = True
+    ) -> None:
+        """Writes `config.json`, `model.safetensors` and the model card `README.md`.
+
+        Args:
+            folder: made if missing; files of these names in it are replaced.
+            card: the model card, or its text; None keeps the one that came with the weights, or
+                writes a short one.
+            half: store float16, which halves the file and costs about 1e-3 of a weight's size.
+
+        Raises:
+            KGLMatchError: the matcher holds no weights (ONNX), or in a precision below the one asked
+                for.
+            OutputError: the folder cannot be written.
+        """
+        self._save(folder, str(folder), card, half)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: ModelCard | str | None = None,
+        half: bool = True,
+        message: str = "Upload KGL-Net weights",
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        endpoint: str | None = None,
+    ) -> str:
+        """Uploads what `save_pretrained` writes to the Hugging Face Hub, as one commit.
+
+        Args:
+            repo_id: "owner/name"; made if missing.
+            card, half: as for `save_pretrained`.
+            message, private, revision, token, endpoint: see `kglmatch.hub.upload`.
+
+        Returns:
+            the commit's address.
+
+        Raises:
+            KGLMatchError: as for `save_pretrained`.
+            OutputError: no permission, or a Hub that cannot be reached.
+        """
+        from kglmatch.hub import upload
+
+        with tempfile.TemporaryDirectory() as folder:
+            self._save(folder, repo_id, card, half)
+            return upload(
+                repo_id,
+                Path(folder),
+                message=message,
+                private=private,
+                revision=revision,
+                token=token,
+                endpoint=endpoint,
+            )
+
+    def _save(self, folder: str | Path, load: str, card: ModelCard | str | None, half: bool) -> None:
+        from kglmatch.pretrained import save_card, save_model
+
+        # By name: an ONNX matcher must not import torch.
+        if self.backend.name != "torch":
+            raise KGLMatchError(
+                "an ONNX matcher holds no weights to save: load the model that it was exported from"
+            )
+        if self.backend.dtype not in (("float32", "float16") if half else ("float32",)):
+            raise KGLMatchError(
+                f'the weights are held as {self.backend.dtype}: load them with dtype="float32" to save them'
+            )
+        net: Any = getattr(self.backend, "net")  # noqa: B009
+        save_model(folder, net.state_dict(), self.config, half=half)
+        save_card(folder, self.config, card, load=load, source=self.source)
 
     @property
     def config(self) -> KGLNetConfig:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from kglmatch.model_card import ModelCard
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
@@ -276,3 +278,36 @@ def save_model(
         temporary.write_bytes(save(tensors))
     with atomic_output(folder / CONFIG_FILE) as temporary:
         temporary.write_text(config.to_json(), encoding="utf-8")
+
+
+def save_card(
+    folder: str | Path,
+    config: KGLNetConfig,
+    card: ModelCard | str | None = None,
+    *,
+    load: str,
+    source: ModelFiles | None = None,
+) -> None:
+    """Writes the model card `README.md` into a folder.
+
+    Args:
+        card: the card or its text; None copies the one of `source`, or writes a short one.
+        load: what `Matcher.from_pretrained` will be given, for a short card's example.
+        source: where the weights came from.
+
+    Raises:
+        OutputError: the folder cannot be written.
+        WeightsError: the card of `source` cannot be read.
+    """
+    from kglmatch.model_card import ModelCard
+
+    if card is None and source is not None and source.card.is_file():
+        try:
+            card = source.card.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise WeightsError(f"cannot read {source.card}: {error}") from error
+    if card is None:
+        card = ModelCard(Path(load).name, load=load, base_model=source.repo_id if source else None)
+    text = card if isinstance(card, str) else card.render(config)
+    with atomic_output(Path(folder) / CARD_FILE) as temporary:
+        temporary.write_text(text, encoding="utf-8")
