@@ -2,14 +2,34 @@
 
 Everything ends in one of two forms. `ScenePairs` are registered images with points in them; patches
 are cut when they are needed. `PatchPairs` are labelled patches, what an evaluation reads.
+
+The protocol, by which image pairs become patch pairs, follows Aguilera et al. (Learning cross-spectral
+similarity measures with deep convolutional neural networks, CVPR workshops 2016). It is fixed:
+
+1. Both images become 8-bit grey (`kglmatch.images.load_image`). An image that an affine warps is laid
+   back onto the visible one by `cv2.warpAffine`, bicubic; a pixel whose interpolation reads anything
+   outside the image is not valid.
+2. Keypoints: `cv2.SIFT_create()`, OpenCV's own settings, on the visible image. Sorted by falling
+   response, then y, then x; positions rounded to whole pixels; of equal positions the first stays.
+3. A point (x, y) stays if its patch, rows y - 32 to y + 31 and columns x - 32 to x + 31, lies wholly
+   inside the visible image and holds valid pixels alone. Of these the first 1,500 are an image's points.
+4. The images of a folder, in the order of their names, are one subset. `max_pairs` draws so many of its
+   points at random, without repeats.
+5. Each point gives one matching pair (its patch in both images) and one non-matching pair: its visible
+   patch with the other image's patch at a random other point of the subset (of those drawn), in
+   another image, or in the same one at least `MIN_NEGATIVE_DISTANCE` pixels away.
+6. All draws come from `numpy.random.RandomState(seed)`, whose stream numpy has frozen, each subset
+   beginning anew. Nothing depends on the number of threads or on the order of a folder's listing.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,17 +39,32 @@ from kglmatch.errors import DataError
 
 PATCH_SIZE = 64
 MAX_POINTS = 1500
+MIN_NEGATIVE_DISTANCE = 8.0
+
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"}
-_FOLDER_PAIRS = (("visible", "infrared"), ("optical", "sar"), ("vis", "ir"), ("rgb", "nir"))
-_UNCOVERED = 0  # grey value of pixels that no image covers
+# Names of the two folders of a set, in any case; the order of the modalities is never guessed.
+_VIS_FOLDERS = {"vis", "visible", "rgb", "optical"}
+_IR_FOLDERS = {"ir", "infrared", "nir", "lwir", "thermal", "sar"}
+_LAYOUTS = (
+    "NAME_rgb.* beside NAME_nir.*, or two folders of equally named files "
+    f"({', '.join(sorted(_VIS_FOLDERS))} beside {', '.join(sorted(_IR_FOLDERS))})"
+)
+_READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, TypeError, NotImplementedError)
+_CSV_COLUMNS = ("type", "rgb", "rgb_x", "rgb_y", "nir", "nir_x", "nir_y")
+_CSV_LABELS = {"positive": True, "1": True, "negative": False, "0": False}
+
+cv2_any: Any = cv2  # OpenCV's type stubs lack the detectors
 
 
 @dataclass(frozen=True)
 class ImagePair:
     """Two image files of one scene, and how they lie on each other.
 
-    `affine` (2, 3) takes a visible pixel (x, y) to its pixel in the other image; None means that
-    the two are registered.
+    Attributes:
+        name: of the scene.
+        vis, ir: the image files.
+        affine: (2, 3) float64, takes a visible pixel (x, y) to its pixel in the other image; None
+            means that the two are registered.
     """
 
     name: str
@@ -38,7 +73,7 @@ class ImagePair:
     affine: NDArray[np.float64] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scene:
     """A registered pair in memory: grey uint8 (H, W) images and where both are valid (H, W) bool."""
 
@@ -48,7 +83,7 @@ class Scene:
     valid: NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScenePairs:
     """Scenes and the points at which patches are cut: the same place in both images.
 
@@ -76,13 +111,13 @@ class ScenePairs:
         return out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PatchPairs:
     """Labelled patch pairs of one subset.
 
     Attributes:
         name: of the subset, for the report.
-        vis, ir: (N, 64, 64) uint8.
+        vis, ir: (N, P, P) uint8.
         labels: (N,) bool, true for matching pairs.
     """
 
@@ -110,70 +145,108 @@ def find_image_pairs(folder: str | Path) -> list[ImagePair]:
     """Image pairs of a folder, in the order of their names.
 
     Two layouts are known: `NAME_rgb.*` beside `NAME_nir.*` (with an optional `NAME_nir.npy`, the
-    2 x 3 affine from visible to NIR pixels), and two folders whose files have the same names
-    (visible/infrared, optical/sar, vis/ir or rgb/nir).
+    2 x 3 affine from visible to NIR pixels), and two folders whose files have the same names, the one
+    called vis, visible, rgb or optical, the other ir, infrared, nir, lwir, thermal or sar.
 
     Raises:
-        DataError: not a folder, no pair in it, a visible image without its partner, a bad affine.
+        DataError: not a folder, no pair in it, an image without its partner, a bad affine.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"not a folder: {folder}")
-    pairs = _suffix_pairs(folder) or _folder_pairs(folder)
+    pairs = _suffix_pairs(folder) or _subfolder_pairs(folder)
     if not pairs:
-        raise DataError(
-            f"no image pairs in {folder}: expected NAME_rgb.*/NAME_nir.*, or two folders of equal file "
-            f"names called {' or '.join('/'.join(names) for names in _FOLDER_PAIRS)}"
-        )
+        raise DataError(f"no image pairs in {folder}: expected {_LAYOUTS}")
     return pairs
 
 
+def pair_folders(vis: str | Path, ir: str | Path) -> list[ImagePair]:
+    """Registered pairs of two folders: images of the same name (but for the ending), in their order.
+
+    Raises:
+        DataError: not a folder, or an image that has no partner.
+    """
+    folders = Path(vis), Path(ir)
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"not a folder: {folder}")
+    images = tuple(_images_by_stem(folder) for folder in folders)
+    for ours, theirs, other in ((images[0], images[1], folders[1]), (images[1], images[0], folders[0])):
+        for stem in sorted(set(ours) - set(theirs)):
+            raise DataError(f"{ours[stem]} has no partner of that name in {other}; add it or remove this one")
+    return [ImagePair(stem, path, images[1][stem]) for stem, path in images[0].items()]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds, sorted by name alike on every system; hidden entries are left out."""
+    try:
+        entries = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"cannot read {folder}: {error.strerror or error}") from error
+    return sorted(entries, key=lambda p: p.name)
+
+
 def _images_by_stem(folder: Path) -> dict[str, Path]:
-    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in _IMAGE_SUFFIXES}
+    images: dict[str, Path] = {}
+    for path in _entries(folder):
+        if path.suffix.lower() in _IMAGE_SUFFIXES:
+            if path.stem in images:
+                raise DataError(f"{images[path.stem]} and {path.name} have one name; remove one of them")
+            images[path.stem] = path
+    return dict(sorted(images.items()))
 
 
 def _suffix_pairs(folder: Path) -> list[ImagePair]:
     images = _images_by_stem(folder)
     pairs = []
-    for stem in sorted(s for s in images if s.endswith("_rgb")):
-        name = stem.removesuffix("_rgb")
-        partner = images.get(f"{name}_nir")
-        if partner is None:
-            raise DataError(f"{images[stem]} has no partner {name}_nir.* beside it")
-        affine_file = folder / f"{name}_nir.npy"
-        pairs.append(
-            ImagePair(
-                name, images[stem], partner, _read_affine(affine_file) if affine_file.exists() else None
+    for stem, path in images.items():
+        name, _, kind = stem.rpartition("_")
+        if kind not in ("rgb", "nir"):
+            continue
+        other = f"{name}_{'nir' if kind == 'rgb' else 'rgb'}"
+        if other not in images:
+            raise DataError(f"{path} has no partner {other}.* beside it; add it or remove this one")
+        if kind == "rgb":
+            affine = folder / f"{name}_nir.npy"
+            pairs.append(
+                ImagePair(name, path, images[other], _read_affine(affine) if affine.exists() else None)
             )
-        )
     return pairs
 
 
-def _folder_pairs(folder: Path) -> list[ImagePair]:
-    for vis_name, ir_name in _FOLDER_PAIRS:
-        if (folder / vis_name).is_dir() and (folder / ir_name).is_dir():
-            vis, ir = _images_by_stem(folder / vis_name), _images_by_stem(folder / ir_name)
-            missing = sorted(set(vis) - set(ir))
-            if missing:
-                raise DataError(f"{vis[missing[0]]} has no partner of that name in {folder / ir_name}")
-            return [ImagePair(stem, vis[stem], ir[stem]) for stem in sorted(vis)]
-    return []
+def _subfolder_pairs(folder: Path) -> list[ImagePair]:
+    folders = [p for p in _entries(folder) if p.is_dir()]
+    vis = [p for p in folders if p.name.lower() in _VIS_FOLDERS]
+    ir = [p for p in folders if p.name.lower() in _IR_FOLDERS]
+    if not vis or not ir:
+        return []
+    if len(vis) > 1 or len(ir) > 1:
+        names = ", ".join(p.name for p in (*vis, *ir))
+        raise DataError(
+            f"{folder} holds more than two folders of images ({names}); call pair_folders with two, "
+            "or move each pair into a folder of its own"
+        )
+    return pair_folders(vis[0], ir[0])
 
 
 def _read_affine(path: Path) -> NDArray[np.float64]:
     try:
         affine = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except _READ_ERRORS as error:
         raise DataError(f"cannot read the affine {path}: {error}") from error
-    if affine.shape != (2, 3) or not np.isfinite(affine).all():
-        raise DataError(f"{path} must hold a finite (2, 3) affine, got shape {affine.shape}")
-    return affine.astype(np.float64)
+    shape = getattr(affine, "shape", None)
+    if shape != (2, 3) or affine.dtype.kind not in "fiu" or not np.isfinite(affine).all():
+        raise DataError(f"{path} must hold a finite (2, 3) affine, got shape {shape}")
+    if abs(np.linalg.det(affine[:, :2])) < 1e-6:
+        raise DataError(f"{path} holds an affine that cannot be inverted")
+    return np.asarray(affine, dtype=np.float64)
 
 
 def _read_grey(path: Path) -> NDArray[np.uint8]:
     from kglmatch.images import load_image
 
-    return np.rint(load_image(path) * 255).astype(np.uint8)
+    grey: NDArray[np.uint8] = np.rint(load_image(path) * 255).astype(np.uint8)
+    return grey
 
 
 def load_scene(pair: ImagePair) -> Scene:
@@ -188,9 +261,10 @@ def load_scene(pair: ImagePair) -> Scene:
     if pair.affine is not None:
         size = (vis.shape[1], vis.shape[0])
         flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
-        covered = cv2.warpAffine(np.full(ir.shape, 255, np.uint8), pair.affine, size, flags=flags)
-        ir = cv2.warpAffine(ir, pair.affine, size, flags=flags, borderValue=_UNCOVERED).astype(np.uint8)
-        valid = covered >= 255
+        # The weights that fall inside the image add up to 1 only where no tap is outside.
+        weight = cv2.warpAffine(np.ones(ir.shape, np.float32), pair.affine, size, flags=flags)
+        valid = np.abs(weight - 1) < 1e-3
+        ir = cv2.warpAffine(ir, pair.affine, size, flags=flags).astype(np.uint8, copy=False)
     elif vis.shape != ir.shape:
         raise DataError(
             f"{pair.vis} is {vis.shape[1]} x {vis.shape[0]} but {pair.ir} is {ir.shape[1]} x {ir.shape[0]}; "
@@ -200,33 +274,30 @@ def load_scene(pair: ImagePair) -> Scene:
 
 
 def protocol_points(scene: Scene, max_points: int = MAX_POINTS) -> NDArray[np.int64]:
-    """Where patches are cut by the field's protocol (Aguilera et al., CVPR workshops 2016).
-
-    SIFT keypoints of the visible image, strongest first, rounded to whole pixels without repeats,
-    the patch wholly inside what both images show; at most `max_points`.
+    """Where patches are cut in a scene, by the protocol above, strongest first.
 
     Returns:
-        (N, 2) int64 xy pixels.
+        (N, 2) int64 xy pixels, N at most `max_points`.
     """
-    from kglmatch.keypoints import detect_keypoints
-
     half = PATCH_SIZE // 2
     height, width = scene.valid.shape
     if min(height, width) < PATCH_SIZE:
         return np.empty((0, 2), np.int64)
-    # Every keypoint is asked for, since rounding, repeats and the border drop some.
-    xy = detect_keypoints(scene.vis.astype(np.float32) / 255, detector="sift", max_keypoints=10**6).xy
-    points = np.rint(xy).astype(np.int64)
+    keypoints = cv2_any.SIFT_create().detect(scene.vis, None)
+    found = np.array([(*k.pt, k.response) for k in keypoints], np.float64).reshape(-1, 3)
+    found = found[np.lexsort((found[:, 0], found[:, 1], -found[:, 2]))]
+    points = np.rint(found[:, :2]).astype(np.int64)
     _, first = np.unique(points, axis=0, return_index=True)
     points = points[np.sort(first)]
     x, y = points.T
     points = points[(x >= half) & (y >= half) & (x <= width - half) & (y <= height - half)]
-    # Invalid pixels inside a patch, by an integral image.
+    # How many pixels of each patch are not valid, by an integral image.
     integral = cv2.integral((~scene.valid).astype(np.uint8))
     x, y = points.T
     top, bottom, left, right = y - half, y + half, x - half, x + half
     holes = integral[bottom, right] - integral[top, right] - integral[bottom, left] + integral[top, left]
-    return points[holes == 0][:max_points]
+    whole: NDArray[np.int64] = points[holes == 0][:max_points]
+    return whole
 
 
 def load_scene_pairs(source: str | Path | Sequence[ImagePair], *, max_points: int = MAX_POINTS) -> ScenePairs:
@@ -234,13 +305,16 @@ def load_scene_pairs(source: str | Path | Sequence[ImagePair], *, max_points: in
 
     Raises:
         DataError: no pairs, or no point in any of them.
+        ImageError: a file cannot be read.
     """
     pairs = find_image_pairs(source) if isinstance(source, str | Path) else list(source)
     scenes = tuple(load_scene(pair) for pair in pairs)
     points = [protocol_points(scene, max_points) for scene in scenes]
     if not sum(map(len, points)):
+        where = pairs[0].vis.parent if pairs else "an empty list"
         raise DataError(
-            f"no keypoint with a whole {PATCH_SIZE} x {PATCH_SIZE} patch in {len(scenes)} image pairs"
+            f"no keypoint with a whole {PATCH_SIZE} x {PATCH_SIZE} patch "
+            f"in the {len(scenes)} image pairs of {where}"
         )
     index = np.repeat(np.arange(len(scenes), dtype=np.int64), [len(p) for p in points])
     return ScenePairs(scenes, np.concatenate(points), index)
@@ -249,159 +323,344 @@ def load_scene_pairs(source: str | Path | Sequence[ImagePair], *, max_points: in
 def sample_patch_pairs(
     pairs: ScenePairs, *, name: str = "scenes", max_pairs: int | None = None, seed: int = 0
 ) -> PatchPairs:
-    """Labelled patches by the field's protocol: for each point one matching and one other pair.
-
-    The non-matching partner of a point is a random other point of the same set whose place is not
-    the same (another image, or another position in it).
+    """Labelled patches by the protocol above: for each point one matching and one other pair.
 
     Args:
         max_pairs: at most so many matching (and as many non-matching) pairs, drawn at random.
         seed: of every draw; one seed gives one set on every machine.
+
+    Returns:
+        `PatchPairs`, matching (rows 0, 2, ...) and non-matching (rows 1, 3, ...) in turn.
+
+    Raises:
+        DataError: a point without a place far enough away to be its non-matching partner.
     """
-    rng = np.random.default_rng(seed)
+    _check_max_pairs(max_pairs)
+    random = np.random.RandomState(seed)
     rows = np.arange(len(pairs))
     if max_pairs is not None and max_pairs < len(rows):
-        rows = np.sort(rng.choice(len(rows), max_pairs, replace=False))
-    if len(pairs) < 2:
-        raise DataError(f"{name}: at least two points are needed for non-matching pairs, got {len(pairs)}")
-    other = rng.integers(0, len(pairs) - 1, len(rows))
-    other += other >= rows
-    vis, positive, negative = (
-        pairs.patches(rows, "vis"),
-        pairs.patches(rows, "ir"),
-        pairs.patches(other, "ir"),
-    )
-    labels = np.repeat([True, False], len(rows))
-    return PatchPairs(name, np.concatenate([vis, vis]), np.concatenate([positive, negative]), labels)
+        rows = np.sort(random.permutation(len(rows))[:max_pairs])
+    partners = rows[_draw_partners(pairs.points[rows], pairs.scene_index[rows], random, name)]
+    vis = np.repeat(pairs.patches(rows, "vis"), 2, axis=0)
+    ir = pairs.patches(np.stack([rows, partners], axis=1).ravel(), "ir")
+    return PatchPairs(name, vis, ir, np.tile([True, False], len(rows)))
+
+
+def _draw_partners(
+    points: NDArray[np.int64], scene: NDArray[np.int64], random: np.random.RandomState, name: str
+) -> NDArray[np.int64]:
+    """For each point a random other one, uniform over those that are not nearly the same place."""
+
+    def near(a: Any, b: Any) -> Any:
+        apart = ((points[a] - points[b]) ** 2).sum(axis=-1)
+        return (scene[a] == scene[b]) & (apart < MIN_NEGATIVE_DISTANCE**2)
+
+    everyone = np.arange(len(points))
+    partners = random.randint(0, len(points), size=len(points), dtype=np.int64)
+    for i in np.flatnonzero(near(everyone, partners)):
+        allowed = np.flatnonzero(~near(i, everyone))
+        if not len(allowed):
+            raise DataError(
+                f"{name}: {len(points)} points, none of them {MIN_NEGATIVE_DISTANCE:g} pixels from "
+                f"{points[i].tolist()}; more points are needed for non-matching pairs"
+            )
+        partners[i] = allowed[random.randint(0, len(allowed), dtype=np.int64)]
+    return partners
 
 
 # --- published patch files, csv lists, .npz ---------------------------------------------------
 
 
-def load_sos_patches(path: str | Path) -> PatchPairs:
+def load_sos_patches(path: str | Path, *, max_pairs: int | None = None, seed: int = 0) -> PatchPairs:
     """Reads a published patch file `NAME_sos.npy` with its list `NAME_info.txt`.
 
     The array is (2N, 1, 64, 64); rows 2i and 2i+1 are a pair, visible first, matching where the ids
-    on lines 2i and 2i+1 of the list are equal.
+    on lines 2i and 2i+1 of the list are equal (an id is a line's first word). Bytes are not copied
+    from the file before they are used.
+
+    Args:
+        max_pairs: at most so many matching and so many non-matching pairs, drawn at random.
+        seed: of the draw.
+
+    Raises:
+        DataError: a file is missing, damaged or of another shape.
     """
     path = Path(path)
     name = path.stem.removesuffix("_sos")
     info = path.with_name(f"{name}_info.txt")
     try:
-        patches = np.load(path, allow_pickle=False)
+        patches = np.load(path, mmap_mode="r", allow_pickle=False)
         ids = np.array([line.split()[0] for line in info.read_text().splitlines() if line.strip()])
-    except (OSError, ValueError, UnicodeDecodeError) as error:
+    except _READ_ERRORS as error:
         raise DataError(f"cannot read {path} with {info.name}: {error}") from error
-    patches = patches.reshape(len(patches), *patches.shape[-2:])
-    if patches.ndim != 3 or len(patches) % 2 or len(ids) != len(patches):
+    shape: tuple[int, ...] = getattr(patches, "shape", ())
+    if (
+        len(shape) not in (3, 4)
+        or (len(shape) == 4 and shape[1] != 1)
+        or len(ids) != shape[0]
+        or len(ids) % 2
+    ):
         raise DataError(
-            f"{path}: expected (2N, 1, P, P) patches and 2N ids, got {patches.shape}, {len(ids)} ids"
+            f"{path}: expected (2N, 1, {PATCH_SIZE}, {PATCH_SIZE}) patches and 2N ids, "
+            f"got {shape} and {len(ids)} ids"
         )
-    patches = _as_uint8(patches, path)
-    return PatchPairs(name, patches[0::2], patches[1::2], ids[0::2] == ids[1::2])
+    patches = patches.reshape(shape[0], *shape[-2:])
+    labels = ids[0::2] == ids[1::2]
+    factor = _factor_to_8_bit(patches, path)
+    rows = _draw(labels, max_pairs, seed)
+    vis, ir = (
+        _to_8_bit(side if rows is None else side[rows], factor) for side in (patches[::2], patches[1::2])
+    )
+    return PatchPairs(name, vis, ir, labels if rows is None else labels[rows])
 
 
-def load_patch_npz(path: str | Path) -> PatchPairs:
-    """Reads our own `.npz`: `vis` and `ir` (N, 64, 64) patches and `labels` (N,)."""
+def load_patch_npz(path: str | Path, *, max_pairs: int | None = None, seed: int = 0) -> PatchPairs:
+    """Reads our own `.npz`: `vis` and `ir` (N, 64, 64) or (N, 1, 64, 64) patches and `labels` (N,).
+
+    Patches are uint8, or numbers in [0, 255], or floats in [0, 1]; labels are 0 or 1. `max_pairs`
+    and `seed` as in `load_sos_patches`.
+
+    Raises:
+        DataError: missing, damaged, or with arrays that are not these.
+    """
     path = Path(path)
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = {"vis", "ir", "labels"} - set(file.files)
-            if missing:
-                raise DataError(f"{path} lacks {sorted(missing)}; it holds {sorted(file.files)}")
-            vis, ir, labels = file["vis"], file["ir"], file["labels"]
-    except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
+            missing = sorted({"vis", "ir", "labels"} - set(file.files))
+            held = sorted(file.files)
+            vis, ir, labels = (None, None, None) if missing else (file["vis"], file["ir"], file["labels"])
+    except (*_READ_ERRORS, AttributeError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
-    return PatchPairs(path.stem, _as_uint8(vis, path), _as_uint8(ir, path), labels.astype(bool))
+    if vis is None or ir is None or labels is None:
+        raise DataError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(held) or 'nothing'}")
+    if labels.dtype.kind not in "biuf" or not np.isin(labels, (0, 1)).all():
+        raise DataError(f"{path}: labels must be 0 (non-matching) or 1 (matching)")
+    vis, ir = (a[:, 0] if a.ndim == 4 and a.shape[1] == 1 else a for a in (vis, ir))
+    factors = _factor_to_8_bit(vis, path), _factor_to_8_bit(ir, path)
+    pairs = PatchPairs(path.stem, _to_8_bit(vis, factors[0]), _to_8_bit(ir, factors[1]), labels.astype(bool))
+    rows = _draw(pairs.labels, max_pairs, seed)
+    return (
+        pairs if rows is None else PatchPairs(pairs.name, pairs.vis[rows], pairs.ir[rows], pairs.labels[rows])
+    )
 
 
 def save_patch_npz(path: str | Path, pairs: PatchPairs) -> None:
-    """Writes patch pairs as `load_patch_npz` reads them."""
+    """Writes patch pairs as `load_patch_npz` reads them. Raises `OutputError` where it cannot."""
     from kglmatch.files import atomic_output
 
-    with atomic_output(path) as temporary:
-        np.savez_compressed(temporary, vis=pairs.vis, ir=pairs.ir, labels=pairs.labels)
+    with atomic_output(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, vis=pairs.vis, ir=pairs.ir, labels=pairs.labels)
 
 
-def load_csv_patches(path: str | Path, images: str | Path) -> PatchPairs:
+def load_csv_patches(
+    path: str | Path, images: str | Path | None = None, *, max_pairs: int | None = None, seed: int = 0
+) -> PatchPairs:
     """Reads a VIS-NIR list of patch centres (columns type, rgb, rgb_x, rgb_y, nir, nir_x, nir_y).
 
+    The patch of a centre (x, y), in pixels counted from 0, is rows y - 32 to y + 31 and columns x - 32
+    to x + 31, as the list's authors cut it.
+
     Args:
-        path: the csv; `type` is 1 or "positive" for matching pairs.
-        images: folder that the image names in it refer to.
+        path: the csv; `type` is "positive" or 1 for matching pairs, "negative" or 0 for others.
+        images: folder that the image names in it refer to; an image may have another ending there.
+            None looks beside the csv: in the folder of its name, in its own, and in that one's
+            neighbour of the csv's name.
+        max_pairs, seed: as in `load_sos_patches`.
+
+    Raises:
+        DataError: a list or an image that is missing or damaged, a row that says something else, a
+            patch that is not wholly inside its image.
     """
-    path, images = Path(path), Path(images)
-    wanted = ("type", "rgb", "rgb_x", "rgb_y", "nir", "nir_x", "nir_y")
+    path = Path(path)
+    rows = _read_csv(path)
+    labels = np.array([_csv_label(path, line, row["type"]) for line, row in enumerate(rows, 2)], dtype=bool)
+    folder = _csv_images(path, rows[0]["rgb"], images)
+    chosen = _draw(labels, max_pairs, seed)
+    chosen = np.arange(len(rows)) if chosen is None else chosen
+    available = _images_by_stem(folder)
+    read: dict[str, NDArray[np.uint8]] = {}
+    half = PATCH_SIZE // 2
+    sides = []
+    for kind in ("rgb", "nir"):
+        patches = np.empty((len(chosen), PATCH_SIZE, PATCH_SIZE), np.uint8)
+        for i, index in enumerate(chosen):
+            row, line = rows[index], int(index) + 2
+            stem = Path(row[kind]).stem
+            if stem not in available:
+                raise DataError(f"{path}, line {line}: no image {row[kind]} in {folder}")
+            if stem not in read:
+                read[stem] = _read_grey(available[stem])
+            try:
+                x, y = round(float(row[f"{kind}_x"])), round(float(row[f"{kind}_y"]))
+            except (ValueError, OverflowError) as error:
+                raise DataError(f"{path}, line {line}: {error}") from error
+            patch = read[stem][max(y - half, 0) : max(y + half, 0), max(x - half, 0) : max(x + half, 0)]
+            if patch.shape != (PATCH_SIZE, PATCH_SIZE):
+                raise DataError(f"{path}, line {line}: the patch at ({x}, {y}) is not wholly inside {stem}")
+            patches[i] = patch
+        sides.append(patches)
+    return PatchPairs(path.stem, sides[0], sides[1], labels[chosen])
+
+
+def _read_csv(path: Path) -> list[dict[str, str]]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, skipinitialspace=True))
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows: list[dict[str, str]] = list(csv.DictReader(file, skipinitialspace=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
-    if not rows or any(key not in rows[0] for key in wanted):
-        raise DataError(f"{path}: expected rows with the columns {', '.join(wanted)}")
-    cache: dict[str, NDArray[np.uint8]] = {}
-
-    def cut(line: int, image: str, x: str, y: str) -> NDArray[np.uint8]:
-        if image not in cache:
-            cache[image] = _read_grey(images / image)
-        half = PATCH_SIZE // 2
-        try:
-            left, top = round(float(x)) - half, round(float(y)) - half
-        except ValueError as error:
-            raise DataError(f"{path}, line {line}: {error}") from error
-        patch = cache[image][max(top, 0) : top + PATCH_SIZE, max(left, 0) : left + PATCH_SIZE]
-        if patch.shape != (PATCH_SIZE, PATCH_SIZE):
-            raise DataError(f"{path}, line {line}: the patch at ({x}, {y}) is not wholly inside {image}")
-        return patch
-
-    vis = [cut(i, row["rgb"], row["rgb_x"], row["rgb_y"]) for i, row in enumerate(rows, 2)]
-    ir = [cut(i, row["nir"], row["nir_x"], row["nir_y"]) for i, row in enumerate(rows, 2)]
-    labels = [row["type"].strip().lower() in {"1", "positive", "pos", "true"} for row in rows]
-    return PatchPairs(path.stem, np.stack(vis), np.stack(ir), np.array(labels))
+    if not rows or any(key not in rows[0] for key in _CSV_COLUMNS):
+        raise DataError(f"{path}: expected rows with the columns {', '.join(_CSV_COLUMNS)}")
+    for line, row in enumerate(rows, 2):
+        if any(row[key] is None for key in _CSV_COLUMNS):
+            raise DataError(f"{path}, line {line}: fewer than the {len(_CSV_COLUMNS)} columns")
+    return rows
 
 
-def _as_uint8(patches: NDArray[np.generic], path: Path) -> NDArray[np.uint8]:
-    if patches.dtype == np.uint8:
-        return patches.astype(np.uint8, copy=False)
-    values = np.asarray(patches, dtype=np.float64)
-    low, high = (values.min(), values.max()) if values.size else (0.0, 0.0)
-    if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > 255:
+def _csv_label(path: Path, line: int, text: str) -> bool:
+    try:
+        return _CSV_LABELS[text.strip().lower()]
+    except KeyError:
+        raise DataError(f'{path}, line {line}: type must be "positive" or "negative", got {text!r}') from None
+
+
+def _csv_images(path: Path, first: str, images: str | Path | None) -> Path:
+    if images is not None:
+        if not Path(images).is_dir():
+            raise DataError(f"not a folder: {images}")
+        return Path(images)
+    folders = (path.with_suffix(""), path.parent, path.parent.parent / path.stem)
+    for folder in folders:
+        if folder.is_dir() and Path(first).stem in _images_by_stem(folder):
+            return folder
+    raise DataError(f"{path}: no image {first} in {', '.join(map(str, folders))}; put the images into one")
+
+
+def _check_max_pairs(max_pairs: int | None) -> None:
+    if max_pairs is not None and max_pairs < 1:
+        raise DataError(f"max_pairs must be at least 1, or None for all, got {max_pairs}")
+
+
+def _draw(labels: NDArray[np.bool_], max_pairs: int | None, seed: int) -> NDArray[np.int64] | None:
+    """Rows, rising, of at most `max_pairs` pairs of either label; None if that is all of them."""
+    _check_max_pairs(max_pairs)
+    if max_pairs is None or max(labels.sum(), (~labels).sum()) <= max_pairs:
+        return None
+    random = np.random.RandomState(seed)
+    drawn = [random.permutation(np.flatnonzero(labels == kind))[:max_pairs] for kind in (True, False)]
+    return np.sort(np.concatenate(drawn)).astype(np.int64)
+
+
+def _factor_to_8_bit(patches: NDArray[Any], path: Path) -> float:
+    """What the patches of a file are to be multiplied by: 255 for floats in [0, 1], else 1."""
+    if patches.dtype == np.uint8 or not patches.size:
+        return 1.0
+    if patches.dtype.kind not in "iuf":
+        raise DataError(f"{path}: patches must be numbers, got {patches.dtype}")
+    low, high = np.inf, -np.inf
+    for start in range(0, len(patches), 4096):
+        chunk = patches[start : start + 4096]
+        # NaN passes through, and fails the comparison.
+        low, high = np.minimum(low, chunk.min()), np.maximum(high, chunk.max())
+    if not (low >= 0 and high <= 255):
         raise DataError(f"{path}: patches must be grey values in [0, 255] or [0, 1], got {low:g} to {high:g}")
-    return np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8)
+    return 255.0 if patches.dtype.kind == "f" and high <= 1 else 1.0
+
+
+def _to_8_bit(patches: NDArray[Any], factor: float) -> NDArray[np.uint8]:
+    if patches.dtype == np.uint8:
+        return patches
+    return np.rint(patches * np.float32(factor)).astype(np.uint8)
+
+
+# --- what an evaluation reads -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PatchSource:
+    """A labelled subset that can be loaded: an image folder, or a patch file.
+
+    Attributes:
+        name: of the subset.
+        path: the folder or file.
+        pairs: the image pairs of a folder; empty for a file.
+    """
+
+    name: str
+    path: Path
+    pairs: tuple[ImagePair, ...] = ()
+
+    def load(self, *, max_pairs: int | None = None, seed: int = 0) -> PatchPairs:
+        """Reads the subset. Errors as those of the readers of this module."""
+        if self.pairs:
+            return sample_patch_pairs(
+                load_scene_pairs(self.pairs), name=self.name, max_pairs=max_pairs, seed=seed
+            )
+        if self.path.suffix == ".csv":
+            return load_csv_patches(self.path, max_pairs=max_pairs, seed=seed)
+        if self.path.suffix == ".npz":
+            return load_patch_npz(self.path, max_pairs=max_pairs, seed=seed)
+        return load_sos_patches(self.path, max_pairs=max_pairs, seed=seed)
+
+
+def find_patch_sources(source: str | Path | Iterable[str | Path]) -> list[PatchSource]:
+    """Every labelled subset that a path holds, without reading an image.
+
+    Args:
+        source: a `.npz`, a `NAME_sos.npy`, a VIS-NIR `.csv`, a folder of image pairs (see
+            `find_image_pairs`), a folder of such files, a folder of image folders (one subset each);
+            or several of them.
+
+    Returns:
+        the subsets, in the order of the names within each path.
+
+    Raises:
+        DataError: nothing there that is known, or a folder with something wrong in it.
+    """
+    if not isinstance(source, str | Path):
+        return [found for one in source for found in find_patch_sources(one)]
+    path = Path(source)
+    if path.is_file():
+        return [_file_source(path)]
+    if not path.is_dir():
+        raise DataError(f"no such file or folder: {path}")
+    if pairs := _suffix_pairs(path) or _subfolder_pairs(path):
+        return [PatchSource(path.resolve().name, path, tuple(pairs))]
+    entries = _entries(path)
+    files = [p for p in entries if p.name.endswith("_sos.npy") or p.suffix in (".npz", ".csv")]
+    if files:
+        return [_file_source(file) for file in files]
+    folders = [p for p in entries if p.is_dir()]
+    if not folders:
+        raise DataError(
+            f"no patch pairs in {path}: expected {_LAYOUTS}; or NAME_sos.npy, .npz or .csv files; or folders "
+            "of images"
+        )
+    return [PatchSource(folder.name, folder, tuple(find_image_pairs(folder))) for folder in folders]
+
+
+def _file_source(path: Path) -> PatchSource:
+    if path.name.endswith("_sos.npy"):
+        info = path.with_name(path.name.replace("_sos.npy", "_info.txt"))
+        if not info.is_file():
+            raise DataError(f"{path} lacks its list of ids, {info.name}, beside it")
+        return PatchSource(path.name.removesuffix("_sos.npy"), path)
+    if path.suffix in (".npz", ".csv"):
+        return PatchSource(path.stem, path)
+    raise DataError(f"{path} is no file of patch pairs: expected NAME_sos.npy, .npz or .csv, or a folder")
 
 
 def load_patch_sets(
-    source: str | Path, *, max_pairs: int | None = None, seed: int = 0
+    source: str | Path | Iterable[str | Path], *, max_pairs: int | None = None, seed: int = 0
 ) -> Iterator[PatchPairs]:
-    """Every labelled subset that a path holds: what `kglmatch eval` measures.
+    """Loads the subsets that `find_patch_sources` finds, one at a time: what `kglmatch eval` measures.
 
     Args:
-        source: an `.npz`, a `NAME_sos.npy`, a folder of such files, a folder of image pairs, or a
-            folder of such folders (one subset each).
-        max_pairs, seed: see `sample_patch_pairs`; for image folders only.
+        source: see `find_patch_sources`.
+        max_pairs: at most so many matching and so many non-matching pairs a subset, drawn at random.
+        seed: of every draw.
 
-    Yields:
-        one `PatchPairs` a subset, in the order of the names.
+    Raises:
+        DataError, ImageError: what cannot be read.
     """
-    path = Path(source)
-    if path.is_file():
-        yield load_patch_npz(path) if path.suffix == ".npz" else load_sos_patches(path)
-        return
-    if not path.is_dir():
-        raise DataError(f"no such file or folder: {path}")
-    files = sorted(path.glob("*_sos.npy")) + sorted(path.glob("*.npz"))
-    if files:
-        for file in files:
-            yield from load_patch_sets(file)
-        return
-    folders = (
-        [path]
-        if _suffix_pairs(path) or _folder_pairs(path)
-        else sorted(p for p in path.iterdir() if p.is_dir())
-    )
-    if not folders:
-        find_image_pairs(path)  # raises, naming the layouts
-    for folder in folders:
-        yield sample_patch_pairs(load_scene_pairs(folder), name=folder.name, max_pairs=max_pairs, seed=seed)
+    for found in find_patch_sources(source):
+        yield found.load(max_pairs=max_pairs, seed=seed)
