@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit code: 0, 2 for a user's mistake (one line on stderr), 130 after Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names that the terminal cannot show
     try:
         args = build_parser().parse_args(argv)
         code: int = args.run(args)
@@ -61,12 +64,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_MISTAKE
     except KGLMatchError as error:
-        print(f"kglmatch: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_MISTAKE
+        return _fail(str(error))
     except KeyboardInterrupt:
         print("kglmatch: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) went away. Python would complain once more while it flushes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()  # the reader (head, less) went away
         return 0
+    except OSError as error:
+        _abandon_stdout()
+        return _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail("out of memory; try a smaller --batch-size or --max-keypoints")
+
+
+def _fail(message: str) -> int:
+    print(f"kglmatch: error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_MISTAKE
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # PyTorch raises a RuntimeError of its own on CUDA, and a plain one on the CPU.
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(part in str(error) for part in words)
+
+
+def _abandon_stdout() -> None:
+    """Lets Python flush stdout into nothing at exit, where it would complain once more."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except io.UnsupportedOperation:
+        return  # a stand-in without a file below
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, descriptor)
+    os.close(nothing)

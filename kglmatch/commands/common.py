@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +40,11 @@ def positive_int(text: str) -> int:
     return value
 
 
-def positive_float(text: str) -> float:
-    """A finite number above 0."""
+def non_negative_float(text: str) -> float:
+    """A finite number of at least 0."""
     value = _number(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
     return value
 
 
@@ -72,12 +73,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="M",
         default="kglnet-vis-nir",
-        help="a bundled model's name (kglmatch info lists them) or a model folder (default: %(default)s)",
+        help="a bundled model (kglmatch info lists them), a model folder, or owner/name on the Hub "
+        "(default: %(default)s)",
     )
     add_device_options(group)
 
 
-def add_device_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+def add_device_options(parser: argparse._ActionsContainer) -> None:
     """Adds --device, --dtype and --batch-size."""
     parser.add_argument("--device", metavar="D", default="auto", help=DEVICE_HELP)
     parser.add_argument(
@@ -91,7 +93,7 @@ def add_device_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup
     )
 
 
-def add_json_option(parser: argparse.ArgumentParser) -> None:
+def add_json_option(parser: argparse._ActionsContainer) -> None:
     """Adds --json: one JSON object on stdout, and nothing else there."""
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
@@ -114,6 +116,34 @@ def load_matcher(args: argparse.Namespace) -> Matcher:
     """
     from kglmatch.matcher import Matcher
 
-    return Matcher.from_pretrained(
+    matcher = Matcher.from_pretrained(
         args.model, device=args.device, dtype=args.dtype, batch_size=args.batch_size
     )
+    matcher.backend.progress = True
+    return matcher
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path] = ()) -> None:
+    """Checks before the work that every output can be written.
+
+    Args:
+        outputs: option -> the file that it names, or None where it was not given.
+        inputs: files that are read, which no output may replace.
+
+    Raises:
+        OutputError: two outputs of one name, an output that is an input, or one that cannot be written.
+    """
+    from kglmatch.errors import OutputError
+    from kglmatch.files import check_output
+
+    taken = {path.resolve(): "an input" for path in inputs}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        if path.resolve() in taken:
+            raise OutputError(f"cannot write {option} {path}: it is also {taken[path.resolve()]}")
+        taken[path.resolve()] = f"the file of {option}"
+        check_output(path)

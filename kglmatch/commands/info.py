@@ -3,24 +3,80 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 from typing import Any
 
-from kglmatch.commands.common import add_json_option, print_json
+from kglmatch.commands.common import add_json_option, print_json, say
 
 
 def add_parser(subparsers: Any) -> None:
     """Adds the command and its options."""
-    parser = subparsers.add_parser("info", help="list the bundled models, or describe one")
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="a bundled model's name or a model folder")
+    parser = subparsers.add_parser(
+        "info",
+        help="list the bundled models, or describe one",
+        description="Without MODEL, lists the models that come with the package. With one, reads its "
+        "files, checks that they fit, and prints what it is.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="a bundled model, a model folder, or owner/name on the Hub"
+    )
     add_json_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    from kglmatch.pretrained import list_pretrained
-
-    if args.json:
-        print_json({"models": list_pretrained()})
+    if args.model is None:
+        _list(args.json)
     else:
-        print("\n".join(list_pretrained()))
+        _describe(args.model, args.json)
     return 0
+
+
+def _list(as_json: bool) -> None:
+    from kglmatch.pretrained import list_pretrained, load_config
+
+    models = [{"name": name, "ir_kind": load_config(name).ir_kind} for name in list_pretrained()]
+    if as_json:
+        print_json({"models": models})
+        return
+    width = max((len(model["name"]) for model in models), default=0)
+    for model in models:
+        print(f"{model['name']:{width}}  visible and {model['ir_kind']}")
+    if not models:
+        say("no models are bundled with this installation; give a model folder instead")
+
+
+def _describe(name: str, as_json: bool) -> None:
+    from kglmatch.pretrained import load_model, resolve
+
+    files = resolve(name)
+    state, config = load_model(name)
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    parameters = sum(tensor.numel() for key, tensor in state.items() if not key.endswith(buffers))
+    weights = files.weights.read_bytes()
+    description: dict[str, Any] = {
+        "name": files.name,
+        "source": files.source,
+        "config_file": str(files.config),
+        "weights_file": str(files.weights),
+        "weights_bytes": len(weights),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "parameters": parameters,
+        "config": dataclasses.asdict(config),
+    }
+    if as_json:
+        print_json(description)
+        return
+    rows = [
+        ("name", files.name),
+        ("source", files.source),
+        ("config", str(files.config)),
+        ("weights", str(files.weights)),
+        ("size", f"{len(weights) / 1e6:.1f} MB"),
+        ("sha256", description["weights_sha256"]),
+        ("parameters", f"{parameters:,}"),
+        *((key, str(value)) for key, value in description["config"].items()),
+    ]
+    width = max(len(key) for key, _ in rows)
+    print("\n".join(f"{key:{width}}  {value}" for key, value in rows))

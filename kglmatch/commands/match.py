@@ -1,0 +1,204 @@
+"""`kglmatch match`: two images -> matches, a homography, pictures."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kglmatch.commands.common import (
+    add_json_option,
+    add_model_options,
+    check_outputs,
+    fraction,
+    load_matcher,
+    non_negative_float,
+    output_path,
+    positive_int,
+    print_json,
+    say,
+)
+
+if TYPE_CHECKING:
+    from kglmatch.features import Matches
+
+# As in `kglmatch.keypoints` and `kglmatch.matcher`, which are too heavy to import for --help.
+DETECTORS = ("sift", "fast", "orb", "gftt", "grid")
+DECISIONS = ("metric", "descriptor")
+MAX_KEYPOINTS = 2048
+TOP_K = 3
+MIN_SCORE = 0.5
+
+EPILOG = """examples:
+  kglmatch match scene_vis.png scene_nir.png -o matches.png
+  kglmatch match b04.tif b08.tif --max-displacement 5 --save matches.csv   (registered images)
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command and its options."""
+    parser = subparsers.add_parser(
+        "match",
+        help="match two images and estimate the homography between them",
+        description="Matches a visible image with one of another sensor (near infrared, thermal, radar) "
+        "and estimates the homography between them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("vis", metavar="VIS", type=Path, help="the visible image")
+    parser.add_argument("ir", metavar="IR", type=Path, help="the image of the other sensor")
+    outputs = parser.add_argument_group("outputs")
+    outputs.add_argument(
+        "-o", "--output", metavar="PICTURE", type=output_path, help="draw the matches over both images"
+    )
+    outputs.add_argument(
+        "--checkerboard",
+        metavar="PICTURE",
+        type=output_path,
+        help="draw both images in alternate squares, IR brought onto VIS by the homography",
+    )
+    outputs.add_argument(
+        "--save", metavar="FILE", type=output_path, help="write the matches: .csv, .json or .npz"
+    )
+    add_json_option(outputs)
+    how = parser.add_argument_group("matching")
+    how.add_argument(
+        "--max-displacement",
+        metavar="R",
+        type=non_negative_float,
+        help="for registered or nearly registered images: match only points so many pixels apart",
+    )
+    how.add_argument(
+        "--max-keypoints",
+        metavar="N",
+        type=positive_int,
+        default=MAX_KEYPOINTS,
+        help="keypoints of each image, the strongest (default: %(default)s)",
+    )
+    how.add_argument("--detector", choices=DETECTORS, help="what finds keypoints (default: the model's)")
+    how.add_argument(
+        "--top-k",
+        metavar="K",
+        type=_top_k,
+        default=TOP_K,
+        help='candidates of each keypoint that the metric head scores, or "all" (default: %(default)s)',
+    )
+    how.add_argument(
+        "--min-score",
+        metavar="S",
+        type=fraction,
+        default=MIN_SCORE,
+        help="drop matches of a lower score, 0 to 1 (default: %(default)s)",
+    )
+    how.add_argument(
+        "--decide",
+        choices=DECISIONS,
+        default=DECISIONS[0],
+        help="what ranks the candidates: the metric head, or the descriptors alone, which is faster "
+        "(default: %(default)s)",
+    )
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
+    from kglmatch.images import check_image_name, load_image
+    from kglmatch.match_files import check_format
+
+    for picture in (args.output, args.checkerboard):
+        if picture is not None:
+            check_image_name(picture)
+    if args.save is not None:
+        check_format(args.save)
+    # Images and outputs first: a mistake there is told before the model is loaded.
+    vis_image, ir_image = load_image(args.vis), load_image(args.ir)
+    check_outputs(
+        {"-o": args.output, "--checkerboard": args.checkerboard, "--save": args.save}, (args.vis, args.ir)
+    )
+    matcher = load_matcher(args)
+    from kglmatch.matcher import check_image_size
+
+    for path, image in ((args.vis, vis_image), (args.ir, ir_image)):
+        check_image_size(image, matcher.config.patch_size, str(path))
+    began = time.perf_counter()
+    how = {
+        "detector": args.detector,
+        "max_keypoints": args.max_keypoints,
+        "maps": args.decide == "metric",
+    }
+    vis, ir = matcher.extract(vis_image, "vis", **how), matcher.extract(ir_image, "ir", **how)
+    matches = matcher.match_images(
+        vis,
+        ir,
+        top_k=args.top_k,
+        min_score=args.min_score,
+        max_displacement=args.max_displacement,
+        decide=args.decide,
+    )
+    seconds = time.perf_counter() - began
+    written = _write(args, vis_image, ir_image, matches)
+    if args.json:
+        homography = matches.homography
+        print_json(
+            {
+                "vis": str(args.vis),
+                "ir": str(args.ir),
+                "model": args.model,
+                "device": matcher.device,
+                "keypoints_vis": len(vis),
+                "keypoints_ir": len(ir),
+                "matches": len(matches),
+                "inliers": _inliers(matches),
+                "homography": None if homography is None else homography.tolist(),
+                "seconds": round(seconds, 3),
+                "written": [str(path) for path in written],
+            }
+        )
+    else:
+        print(_summary(len(vis), len(ir), matches, seconds, matcher.device))
+        for path in written:
+            print(f"wrote {path}")
+    for path, features in ((args.vis, vis), (args.ir, ir)):
+        if not len(features):
+            say(f"{path}: no keypoints; the image is flat, or shows nothing the detector knows")
+    if args.checkerboard is not None and matches.homography is None:
+        say(f"{args.checkerboard}: not written, for there is no homography to draw it by")
+    return 0
+
+
+def _write(args: argparse.Namespace, vis: Any, ir: Any, matches: Matches) -> list[Path]:
+    """Writes what was asked for and can be; the files."""
+    from kglmatch.images import save_image
+    from kglmatch.visualize import draw_checkerboard, draw_matches
+
+    written: list[Path] = []
+    if args.save is not None:
+        matches.save(args.save)
+        written.append(args.save)
+    if args.output is not None:
+        save_image(args.output, draw_matches(vis, ir, matches))
+        written.append(args.output)
+    if args.checkerboard is not None and matches.homography is not None:
+        save_image(args.checkerboard, draw_checkerboard(vis, ir, matches.homography))
+        written.append(args.checkerboard)
+    return written
+
+
+def _inliers(matches: Matches) -> int:
+    return 0 if matches.inliers is None else int(matches.inliers.sum())
+
+
+def _summary(keypoints_vis: int, keypoints_ir: int, matches: Matches, seconds: float, device: str) -> str:
+    if matches.homography is not None:
+        found = f"homography found, {_inliers(matches)} inliers"
+    else:
+        found = "no homography found"
+    return (
+        f"{len(matches)} match{'' if len(matches) == 1 else 'es'}, {found} "
+        f"({keypoints_vis} + {keypoints_ir} keypoints, {seconds:.1f} s on {device})"
+    )
+
+
+def _top_k(text: str) -> int | None:
+    return None if text == "all" else positive_int(text)

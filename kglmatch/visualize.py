@@ -1,0 +1,327 @@
+"""Pictures: matches as lines over both images, and a checkerboard that shows how well two images fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from kglmatch.errors import KGLMatchError
+from kglmatch.features import Matches
+from kglmatch.geometry import transform_points
+from kglmatch.images import load_image
+
+Picture = NDArray[np.uint8]
+Colour = tuple[int, int, int]
+
+DEFAULT_MAX_LINES = 80
+DEFAULT_CELLS = 8
+
+# RGB. Green and orange of Okabe and Ito's palette for the colour-blind, brighter to stand on grey; they
+# differ in lightness too, and inliers are thicker.
+INLIER: Colour = (64, 224, 168)
+OUTLIER: Colour = (240, 96, 16)
+UNDECIDED: Colour = (86, 180, 233)
+FRAME: Colour = (240, 228, 66)
+_IR_TINT: Colour = (255, 205, 140)
+_BACKGROUND: Colour = (22, 24, 28)
+_TEXT: Colour = (236, 236, 236)
+_QUIET_TEXT: Colour = (160, 164, 170)
+
+# Pixels. Small images are enlarged and large ones shrunk, so that lines and words can be read.
+_WIDTHS = (1000, 2000)
+_LARGEST_HEIGHT = 2000
+_GAP = 8
+_SUPERSAMPLING = 2
+_FARTHEST = 1e5  # beyond it OpenCV's drawing overflows
+_SHIFT = 4  # fractional bits of the coordinates given to OpenCV's drawing
+
+
+def draw_matches(
+    vis_image: Any, ir_image: Any, matches: Matches, *, max_lines: int = DEFAULT_MAX_LINES
+) -> Picture:
+    """Draws two images side by side at the same height, with their matches as points and lines.
+
+    Matches that agree with the homography are green and thick, the others orange, thin and below;
+    without `matches.inliers` all are blue. Where there is a homography, a yellow frame shows where the
+    visible image lies in the other one. A strip below says how many there are.
+
+    Args:
+        vis_image, ir_image: images of any size, as for `kglmatch.load_image` (16-bit ones are stretched).
+        matches: with keypoints in pixels of the two images.
+        max_lines: above so many matches, only so many lines are drawn, spread evenly over the visible
+            image, inliers and outliers in proportion; the points are always drawn.
+
+    Returns:
+        (H, W, 3) uint8 RGB, 1000 to 2000 pixels wide (less only for very tall images).
+
+    Raises:
+        ImageError: an image that cannot be read.
+        KGLMatchError: matches without keypoints, or `max_lines` below 0.
+    """
+    if matches.keypoints_vis is None or matches.keypoints_ir is None:
+        raise KGLMatchError("cannot draw matches without keypoints; Matcher.match_images gives them")
+    if max_lines < 0:
+        raise KGLMatchError(f"max_lines must be 0 or more, got {max_lines}")
+    images = [load_image(vis_image), load_image(ir_image)]
+    panes, canvas = _side_by_side(images)
+    start = panes[0].place(matches.keypoints_vis)
+    end = panes[1].place(matches.keypoints_ir)
+
+    framed = matches.homography is not None and _draw_frame(
+        canvas, panes, images[0].shape, matches.homography
+    )
+    inliers = matches.inliers
+    groups = [(np.arange(len(matches)), UNDECIDED, True)]
+    if inliers is not None:
+        groups = [(np.flatnonzero(~inliers), OUTLIER, False), (np.flatnonzero(inliers), INLIER, True)]
+    lines = 0
+    share = min(1.0, max_lines / max(1, len(matches)))
+    for rows, colour, strong in groups:
+        chosen = rows[_spread(matches.keypoints_vis[rows], round(share * len(rows)))]
+        lines += len(chosen)
+        _draw_lines(canvas, start[chosen], end[chosen], colour, strong)
+    for rows, colour, strong in groups:
+        _draw_points(canvas, np.concatenate([start[rows], end[rows]]), colour, strong)
+
+    if inliers is None:
+        legend = [(UNDECIDED, _count(len(matches), "match", "matches"))]
+    else:
+        legend = [
+            (INLIER, _count(int(inliers.sum()), "inlier")),
+            (OUTLIER, _count(int((~inliers).sum()), "outlier")),
+        ]
+    if framed:
+        legend.append((FRAME, "outline of the visible image"))
+    elif matches.homography is None and inliers is not None:
+        legend.append((_BACKGROUND, "no homography"))
+    sizes = " | ".join(
+        f"{name} {image.shape[1]} x {image.shape[0]}"
+        for name, image in zip(("vis", "ir"), images, strict=True)
+    )
+    note = sizes if lines == len(matches) else f"{lines} of {len(matches)} lines drawn | {sizes}"
+    return np.concatenate([canvas, _strip(canvas.shape[1], legend, note)])
+
+
+def draw_checkerboard(
+    vis_image: Any, ir_image: Any, homography: NDArray[np.floating], *, cells: int = DEFAULT_CELLS
+) -> Picture:
+    """Draws the visible image with every other square taken from the ir image, brought onto it.
+
+    Where edges go on from square to square, the two are registered. The ir squares are tinted; what
+    the ir image does not cover shows the visible one.
+
+    Args:
+        vis_image, ir_image: images of any size, as for `kglmatch.load_image`.
+        homography: (3, 3), from visible to ir pixels, as in `Matches.homography`.
+        cells: squares along the longer side of the visible image.
+
+    Returns:
+        (H, W, 3) uint8 RGB in the frame of the visible image, with a strip below that names the colours;
+        enlarged or shrunk to 1000 to 2000 pixels in width (less only for very tall images).
+
+    Raises:
+        ImageError: an image that cannot be read.
+        KGLMatchError: a homography that is not a finite (3, 3) array, or `cells` below 1.
+    """
+    homography = np.asarray(homography)
+    if homography.shape != (3, 3) or homography.dtype.kind not in "iuf" or not np.isfinite(homography).all():
+        raise KGLMatchError(f"homography must be (3, 3) finite numbers, got {homography.tolist()!r}")
+    if cells < 1:
+        raise KGLMatchError(f"cells must be at least 1, got {cells}")
+    vis, ir = load_image(vis_image), load_image(ir_image)
+    height, width = vis.shape
+    scale = _scale(width, height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    # Picture pixels -> visible pixels -> ir pixels.
+    to_vis = np.array([[1 / scale, 0, 0.5 / scale - 0.5], [0, 1 / scale, 0.5 / scale - 0.5], [0, 0, 1]])
+    to_ir = homography.astype(np.float64) @ to_vis
+    warped = _warp(ir, to_ir, size)
+    # What lies beyond the horizon of the homography, seen from the image's centre, is no image.
+    x, y = np.arange(size[0]), np.arange(size[1])[:, None]
+    depth = to_ir[2, 0] * x + to_ir[2, 1] * y + to_ir[2, 2]
+    covered = (_warp(np.ones_like(ir), to_ir, size) > 0.999) & (depth * depth[size[1] // 2, size[0] // 2] > 0)
+    shown = np.repeat(_resize(vis, size)[..., None], 3, axis=2)
+    side = max(size) / cells
+    column, row = (np.floor((np.arange(n) + 0.5) / side).astype(int) for n in size)
+    from_ir = ((row[:, None] + column[None, :]) % 2 == 1) & covered
+    shown[from_ir] = warped[from_ir, None] * (np.array(_IR_TINT, np.float32) / 255)
+    board: Picture = np.rint(np.clip(shown, 0, 1) * 255).astype(np.uint8)
+    legend = [((235, 235, 235), "visible"), (_IR_TINT, "ir, brought onto the visible image")]
+    note = f"ir covers {100 * covered.mean():.0f} % | vis {width} x {height}"
+    return np.concatenate([board, _strip(size[0], legend, note)])
+
+
+# --- the two images -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pane:
+    """An image's place on the canvas: picture pixel = scale * (pixel + 0.5) - 0.5 + left."""
+
+    left: int
+    width: int
+    height: int
+    scale: tuple[float, float]
+
+    def place(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
+        """(N, 2) pixels of the image -> (N, 2) pixels of the canvas."""
+        return (points.astype(np.float64) + 0.5) * self.scale - 0.5 + (self.left, 0)
+
+
+def _scale(width: float, height: float) -> float:
+    smallest, largest = _WIDTHS
+    return float(min(max(1.0, smallest / width), largest / width, _LARGEST_HEIGHT / height))
+
+
+def _resize(image: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    shrinks = size[0] < image.shape[1]
+    resized: NDArray[np.float32] = cv2.resize(
+        image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    ).astype(np.float32)
+    return resized
+
+
+def _warp(
+    image: NDArray[np.float32], transform: NDArray[np.float64], size: tuple[int, int]
+) -> NDArray[np.float32]:
+    warped: NDArray[np.float32] = cv2.warpPerspective(
+        image, transform, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    ).astype(np.float32)
+    return warped
+
+
+def _side_by_side(images: list[NDArray[np.float32]]) -> tuple[list[_Pane], Picture]:
+    height = max(image.shape[0] for image in images)
+    aspects = [image.shape[1] / image.shape[0] for image in images]
+    scale = _scale(height * sum(aspects) + _GAP, height)
+    total = (height * sum(aspects) + _GAP) * scale
+    rows = max(1, round((total - _GAP) / sum(aspects)))
+    panes: list[_Pane] = []
+    left = 0
+    for image, aspect in zip(images, aspects, strict=True):
+        columns = max(1, round(rows * aspect))
+        panes.append(_Pane(left, columns, rows, (columns / image.shape[1], rows / image.shape[0])))
+        left += columns + _GAP
+    canvas = np.full((rows, left - _GAP, 3), _BACKGROUND, np.uint8)
+    for pane, image in zip(panes, images, strict=True):
+        grey = np.rint(np.clip(_resize(image, (pane.width, pane.height)), 0, 1) * 235).astype(np.uint8)
+        canvas[:, pane.left : pane.left + pane.width] = grey[..., None]
+    return panes, canvas
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+def _spread(points: NDArray[np.floating], count: int) -> NDArray[np.int64]:
+    """`count` rows of (N, 2) points, best first as they come, spread evenly over the area they cover."""
+    if count >= len(points):
+        return np.arange(len(points))
+    if count == 0:
+        return np.empty(0, np.int64)
+    corner = points.min(axis=0)
+    extent = np.maximum(points.max(axis=0) - corner, 1)
+    side = np.sqrt(extent.prod() / count)
+    column, row = np.floor((points - corner) / side).astype(np.int64).T
+    cell = row * (column.max() + 1) + column
+    # The best of each cell first, then each cell's second, and so on.
+    order = np.argsort(cell, kind="stable")
+    first = np.searchsorted(cell[order], cell[order])
+    rank = np.empty(len(points), np.int64)
+    rank[order] = np.arange(len(points)) - first
+    return np.sort(np.argsort(rank, kind="stable")[:count])
+
+
+def _paint(canvas: Picture, mask: NDArray[np.uint8], colour: Colour, opacity: float) -> None:
+    """Lays a colour over the canvas where the mask, drawn finer, covers it."""
+    alpha = cv2.resize(mask, canvas.shape[1::-1], interpolation=cv2.INTER_AREA) * np.float32(opacity / 255)
+    rows, columns = np.nonzero(alpha)
+    weight = alpha[rows, columns, None]
+    painted = canvas[rows, columns] * (1 - weight) + np.array(colour, np.float32) * weight
+    canvas[rows, columns] = np.rint(painted).astype(np.uint8)
+
+
+def _mask(canvas: Picture) -> NDArray[np.uint8]:
+    return np.zeros([n * _SUPERSAMPLING for n in canvas.shape[:2]], np.uint8)
+
+
+def _fixed(points: NDArray[np.float64]) -> list[tuple[int, int]]:
+    """Canvas pixels -> the mask's, as OpenCV's fixed-point numbers."""
+    fine = ((points + 0.5) * _SUPERSAMPLING - 0.5) * (1 << _SHIFT)
+    return [(int(x), int(y)) for x, y in np.rint(fine)]
+
+
+def _weight(canvas: Picture) -> float:
+    """How thick things are drawn: 1 in a picture 1000 pixels wide, more in a larger one."""
+    return float(max(1.0, canvas.shape[1] / 1000) ** 0.75)
+
+
+def _draw_lines(
+    canvas: Picture, start: NDArray[np.float64], end: NDArray[np.float64], colour: Colour, strong: bool
+) -> None:
+    mask = _mask(canvas)
+    thickness = max(1, round((1.1 if strong else 0.8) * _weight(canvas) * _SUPERSAMPLING))
+    for a, b in zip(_fixed(start), _fixed(end), strict=True):
+        cv2.line(mask, a, b, 255, thickness, cv2.LINE_AA, _SHIFT)
+    _paint(canvas, mask, colour, 0.7 if strong else 0.6)
+
+
+def _draw_points(canvas: Picture, points: NDArray[np.float64], colour: Colour, strong: bool) -> None:
+    radius = (2.4 if strong else 1.7) * _weight(canvas) * _SUPERSAMPLING
+    # A dark rim keeps a point visible on a bright image.
+    for size, fill, opacity in ((radius + _SUPERSAMPLING, _BACKGROUND, 0.7), (radius, colour, 1.0)):
+        mask = _mask(canvas)
+        for centre in _fixed(points):
+            cv2.circle(mask, centre, round(size * (1 << _SHIFT)), 255, -1, cv2.LINE_AA, _SHIFT)
+        _paint(canvas, mask, fill, opacity)
+
+
+def _draw_frame(
+    canvas: Picture, panes: list[_Pane], vis_shape: tuple[int, ...], homography: NDArray[np.float64]
+) -> bool:
+    """Draws where the visible image lies in the other one; whether there is such an outline."""
+    height, width = vis_shape
+    corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float64) - 0.5
+    depth = corners @ homography[2, :2] + homography[2, 2]
+    if not ((depth > 0).all() or (depth < 0).all()):
+        return False  # the horizon crosses the image
+    outline = panes[1].place(transform_points(homography, corners))
+    if np.abs(outline).max() > _FARTHEST:
+        return False
+    mask = _mask(canvas)
+    thickness = max(1, round(1.2 * _weight(canvas) * _SUPERSAMPLING))
+    polygon = np.array(_fixed(outline), np.int32)
+    cv2.polylines(mask, [polygon], True, 255, thickness, cv2.LINE_AA, _SHIFT)
+    mask[:, : panes[1].left * _SUPERSAMPLING] = 0
+    _paint(canvas, mask, FRAME, 0.75)
+    return True
+
+
+# --- the strip below ------------------------------------------------------------------------------
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def _strip(width: int, legend: list[tuple[Colour, str]], note: str) -> Picture:
+    """A dark strip: coloured dots with words on the left, a note on the right where there is room."""
+    size = round(15 * max(1.0, width / 1000) ** 0.75)
+    height = round(2.2 * size)
+    font = ImageFont.load_default(size)
+    strip = Image.new("RGB", (width, height), _BACKGROUND)
+    draw = ImageDraw.Draw(strip)
+    middle, x = height / 2, float(size)
+    for colour, words in legend:
+        radius = 0.32 * size
+        draw.ellipse((x, middle - radius, x + 2 * radius, middle + radius), fill=colour)
+        x += 3.2 * radius
+        draw.text((x, middle), words, fill=_TEXT, font=font, anchor="lm")
+        x += draw.textlength(words, font=font) + 1.4 * size
+    if x + draw.textlength(note, font=font) + size <= width:
+        draw.text((width - size, middle), note, fill=_QUIET_TEXT, font=font, anchor="rm")
+    return np.asarray(strip, np.uint8)
