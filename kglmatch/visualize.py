@@ -54,7 +54,8 @@ def draw_matches(
         vis_image, ir_image: images of any size, as for `kglmatch.load_image` (16-bit ones are stretched).
         matches: with keypoints in pixels of the two images.
         max_lines: above so many matches, only so many lines are drawn, spread evenly over the visible
-            image, inliers and outliers in proportion; the points are always drawn.
+            image, inliers and outliers in proportion, but at least half for inliers if there are so many;
+            the points are always drawn.
 
     Returns:
         (H, W, 3) uint8 RGB, 1000 to 2000 pixels wide (less only for very tall images).
@@ -79,14 +80,15 @@ def draw_matches(
     groups = [(np.arange(len(matches)), UNDECIDED, True)]
     if inliers is not None:
         groups = [(np.flatnonzero(~inliers), OUTLIER, False), (np.flatnonzero(inliers), INLIER, True)]
+    strong_lines = _lines_of_inliers(len(groups[-1][0]), len(matches), max_lines)
     lines = 0
-    share = min(1.0, max_lines / max(1, len(matches)))
     for rows, colour, strong in groups:
-        chosen = rows[_spread(matches.keypoints_vis[rows], round(share * len(rows)))]
+        count = strong_lines if strong else max_lines - strong_lines
+        chosen = rows[_spread(matches.keypoints_vis[rows], count)]
         lines += len(chosen)
         _draw_lines(canvas, start[chosen], end[chosen], colour, strong)
     for rows, colour, strong in groups:
-        _draw_points(canvas, np.concatenate([start[rows], end[rows]]), colour, strong)
+        _draw_points(canvas, np.concatenate([start[rows], end[rows]]), colour, strong, len(matches))
 
     if inliers is None:
         legend = [(UNDECIDED, _count(len(matches), "match", "matches"))]
@@ -236,6 +238,13 @@ def _spread(points: NDArray[np.floating], count: int) -> NDArray[np.int64]:
     return np.sort(np.argsort(rank, kind="stable")[:count])
 
 
+def _lines_of_inliers(inliers: int, matches: int, max_lines: int) -> int:
+    """How many of at most `max_lines` lines are for inliers."""
+    if matches <= max_lines:
+        return inliers
+    return min(inliers, max(round(max_lines * inliers / matches), max_lines // 2))
+
+
 def _paint(canvas: Picture, mask: NDArray[np.uint8], colour: Colour, opacity: float) -> None:
     """Lays a colour over the canvas where the mask, drawn finer, covers it."""
     alpha = cv2.resize(mask, canvas.shape[1::-1], interpolation=cv2.INTER_AREA) * np.float32(opacity / 255)
@@ -264,16 +273,20 @@ def _draw_lines(
     canvas: Picture, start: NDArray[np.float64], end: NDArray[np.float64], colour: Colour, strong: bool
 ) -> None:
     mask = _mask(canvas)
-    thickness = max(1, round((1.1 if strong else 0.8) * _weight(canvas) * _SUPERSAMPLING))
+    thickness = max(1, round((1.1 if strong else 0.6) * _weight(canvas) * _SUPERSAMPLING))
     for a, b in zip(_fixed(start), _fixed(end), strict=True):
         cv2.line(mask, a, b, 255, thickness, cv2.LINE_AA, _SHIFT)
     _paint(canvas, mask, colour, 0.7 if strong else 0.6)
 
 
-def _draw_points(canvas: Picture, points: NDArray[np.float64], colour: Colour, strong: bool) -> None:
-    radius = (2.4 if strong else 1.7) * _weight(canvas) * _SUPERSAMPLING
+def _draw_points(
+    canvas: Picture, points: NDArray[np.float64], colour: Colour, strong: bool, matches: int
+) -> None:
+    crowd = min(1.0, (400 / max(1, matches)) ** 0.25)  # smaller where there are many
+    radius = (2.4 if strong else 1.7) * crowd * _weight(canvas) * _SUPERSAMPLING
     # A dark rim keeps a point visible on a bright image.
-    for size, fill, opacity in ((radius + _SUPERSAMPLING, _BACKGROUND, 0.7), (radius, colour, 1.0)):
+    rim = crowd * _SUPERSAMPLING
+    for size, fill, opacity in ((radius + rim, _BACKGROUND, 0.7), (radius, colour, 1.0)):
         mask = _mask(canvas)
         for centre in _fixed(points):
             cv2.circle(mask, centre, round(size * (1 << _SHIFT)), 255, -1, cv2.LINE_AA, _SHIFT)
