@@ -271,7 +271,7 @@ def upload(
         OutputError: no valid name, no permission, or a Hub that cannot be reached.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import RevisionNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     hub = hub_address(endpoint)
     if not _REPO_ID.fullmatch(repo_id):
@@ -280,7 +280,11 @@ def upload(
         raise OutputError(f"cannot push to {repo_id}: HF_HUB_OFFLINE is set")
     api = HfApi(endpoint=hub, token=token, library_name="kglmatch", library_version=__version__)
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        # Asked first, since a token may write to a repository that it may not make.
+        try:
+            api.model_info(repo_id, timeout=_timeout())
+        except RepositoryNotFoundError:
+            api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision
         )
