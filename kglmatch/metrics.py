@@ -58,15 +58,17 @@ def roc_curve(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64]
 
 
 def fpr_at_recall(scores: ArrayLike, labels: ArrayLike, recall: float = 0.95) -> float:
-    """Share of non-matching pairs accepted at the threshold that accepts `recall` of the matching ones.
+    """Share of non-matching pairs accepted where more than `recall` of the matching ones are.
 
-    With `recall=0.95` this is the field's FPR95, the false positive rate at 95 % recall (Winder &
-    Brown): the strictest threshold that reaches the recall, pairs of equal score accepted together.
+    The threshold is the strictest that accepts so many; pairs of equal score are accepted together.
+    With `recall=0.95` this is FPR95, the false positive rate at 95 % recall, as the published code of
+    KGL-Net computes it. Where 95 % of the matching pairs is a whole number, codes that stop at "at
+    least 95 %" need one matching pair fewer and may report a slightly lower figure.
 
     Args:
         scores: (N,), higher means "match".
         labels: (N,), 1 for matching pairs.
-        recall: above 0, at most 1.
+        recall: between 0 and 1, both excluded.
 
     Returns:
         a share in [0, 1].
@@ -74,10 +76,10 @@ def fpr_at_recall(scores: ArrayLike, labels: ArrayLike, recall: float = 0.95) ->
     Raises:
         DataError: as for `roc_curve`; a recall out of range.
     """
-    if not 0 < recall <= 1:
-        raise DataError(f"recall must be above 0 and at most 1, got {recall}")
+    if not 0 < recall < 1:
+        raise DataError(f"recall must be between 0 and 1, got {recall}")
     fpr, tpr = roc_curve(scores, labels)
-    return float(fpr[np.searchsorted(tpr, recall, side="left")])
+    return float(fpr[np.searchsorted(tpr, recall, side="right")])
 
 
 def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
