@@ -48,16 +48,18 @@ def _list(as_json: bool) -> None:
 
 
 def _describe(name: str, as_json: bool) -> None:
-    from kglmatch.pretrained import load_model, resolve
+    from kglmatch.pretrained import load_files, resolve
 
     files = resolve(name)
-    state, config = load_model(name)
+    state, config = load_files(files)
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     parameters = sum(tensor.numel() for key, tensor in state.items() if not key.endswith(buffers))
     weights = files.weights.read_bytes()
     description: dict[str, Any] = {
         "name": files.name,
         "source": files.source,
+        "repo_id": files.repo_id,
+        "commit": files.commit,
         "config_file": str(files.config),
         "weights_file": str(files.weights),
         "weights_bytes": len(weights),
@@ -70,7 +72,7 @@ def _describe(name: str, as_json: bool) -> None:
         return
     rows = [
         ("name", files.name),
-        ("source", files.source),
+        ("source", files.origin),
         ("config", str(files.config)),
         ("weights", str(files.weights)),
         ("size", f"{len(weights) / 1e6:.1f} MB"),
