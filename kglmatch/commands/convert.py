@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def add_parser(subparsers: Any) -> None:
         required=True,
         help="the folder to make; an existing one must be empty",
     )
+    parser.add_argument("--name", metavar="NAME", help="title of the model card (default: the folder's name)")
     parser.add_argument(
         "--ir-kind",
         choices=IR_KINDS,
@@ -45,12 +47,24 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     from kglmatch.convert import convert_published
     from kglmatch.files import atomic_folder
-    from kglmatch.pretrained import check_fit, save_model
+    from kglmatch.model_card import ModelCard
+    from kglmatch.pretrained import check_fit, save_card, save_model
 
     config = KGLNetConfig(ir_kind=args.ir_kind)
     with atomic_folder(args.output) as temporary:
         state = convert_published(args.net, args.metric)
         check_fit(state, config, f"{args.net} with {args.metric}")
         save_model(temporary, state, config, half=not args.float32)
+        origin = " and ".join(
+            f"`{path.name}` (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()})"
+            for path in (args.net, args.metric)
+        )
+        precision = "float32" if args.float32 else "float16"
+        card = ModelCard(
+            args.name or args.output.resolve().name,
+            load=str(args.output),
+            notes=f"Converted by `kglmatch convert` from {origin}; stored as {precision}.",
+        )
+        save_card(temporary, config, card, load=str(args.output))
     print(f"wrote {args.output} (see: kglmatch info {args.output})")
     return 0
