@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -73,16 +73,21 @@ class HubServer:
         url: the endpoint to give to the client.
         repos: "owner/name" -> `Repo`.
         requests: what was asked so far.
-        cut_after: bytes after which the CDN cuts its next answer, once; None for never.
+        cuts: for each of the CDN's next answers, the bytes after which it cuts the connection.
+        stall_after: bytes after which the CDN's answers come to a halt, connection open.
         status: answer everything with this HTTP status, as a Hub that is down.
+        on_request: called with the method and path of each request, before the answer.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.storage: dict[str, bytes] = {}
-        self.cut_after: int | None = None
+        self.cuts: list[int] = []
+        self.stall_after: int | None = None
         self.status: int | None = None
+        self.on_request: Callable[[str, str], None] = lambda method, path: None
+        self.closing = threading.Event()
         self._lock = threading.Lock()
         self._servers = [self._listen("hub"), self._listen("cdn")]
         self.url, self.cdn = (f"http://127.0.0.1:{s.server_address[1]}" for s in self._servers)
@@ -99,6 +104,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closing.set()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -120,8 +126,7 @@ class HubServer:
 
     def take_cut(self) -> int | None:
         with self._lock:
-            cut, self.cut_after = self.cut_after, None
-            return cut
+            return self.cuts.pop(0) if self.cuts else None
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -186,6 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self) -> None:
         body = self._body()
         path = urlsplit(self.path).path
+        self.hub.on_request(self.command, path)
         if self.hub.status is not None:
             return self._answer(self.hub.status, b"down for maintenance")
         if self._token not in (None, TOKEN, OUTSIDER):
@@ -251,11 +257,13 @@ class _Handler(BaseHTTPRequestHandler):
         if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start = int(asked[1])
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        cut = self.hub.take_cut()
+        cut = self.hub.stall_after if self.hub.stall_after is not None else self.hub.take_cut()
         if cut is None:
             return self._answer(206 if asked else 200, content[start:], headers)
         self._answer(200, content[:cut], headers | {"Content-Length": str(len(content))})
         self.wfile.flush()
+        if self.hub.stall_after is not None:
+            self.hub.closing.wait()
         self.close_connection = True
         return self.connection.close()
 
