@@ -33,11 +33,26 @@ class FRN(nn.Module):
         self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
+    def scale(self, x: Tensor) -> Tensor:
+        """The division and the weight as one factor a channel: (N, C, H, W) -> (N, C, 1, 1)."""
+        mean_square = _mean_square(x) if torch.is_grad_enabled() else _mean_square_inference(x)
+        return (self.weight.float() * torch.rsqrt(mean_square + FRN_EPS)).to(x.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        mean_square = x.float().square().mean(dim=(2, 3), keepdim=True)
-        scale = self.weight.float() * torch.rsqrt(mean_square + FRN_EPS)
-        # One pass over the map: the division and the scale are one factor a channel.
-        return torch.addcmul(self.bias.to(x.dtype), x, scale.to(x.dtype))
+        return torch.addcmul(self.bias.to(x.dtype), x, self.scale(x))
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    return x.float().square().mean(dim=(2, 3), keepdim=True)
+
+
+def _mean_square_inference(x: Tensor) -> Tensor:
+    # The norm reads the map once and writes nothing of its size, but on the CPU it is slow in the
+    # channels-last layout: 1.8 GB/s against 4.0 GB/s by two passes.
+    if not (x.is_cuda or x.is_contiguous()):
+        return _mean_square(x)
+    norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=torch.float32)
+    return norm.square() / (x.shape[2] * x.shape[3])
 
 
 class TLU(nn.Module):
@@ -52,6 +67,19 @@ class TLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.maximum(x, self.tau.to(x.dtype))
+
+
+def normalize_activate(x: Tensor, norm: FRN, activation: TLU) -> Tensor:
+    """FRN, then TLU, of a map that nobody else holds; without gradients it is overwritten.
+
+    Writing in place spares two new maps, whose first touch costs more than the arithmetic.
+
+    Shape: (N, C, H, W) -> (N, C, H, W)
+    """
+    if torch.is_grad_enabled():
+        return activation(norm(x))
+    torch.addcmul(norm.bias.to(x.dtype), x, norm.scale(x), out=x)
+    return x.clamp_(min=activation.tau.to(x.dtype))
 
 
 class ECA(nn.Module):
@@ -106,7 +134,8 @@ class ConvBlock(nn.Module):
         if self.input_norm is not None and self.input_activation is not None:
             x = self.input_activation(self.input_norm(x))
         # The input may come in float32 to half-precision weights; it is normalised by now.
-        x = self.activation(self.norm(self.conv(x.to(self.conv.weight.dtype))))
+        x = self.conv(x.to(self.conv.weight.dtype))
+        x = normalize_activate(x, self.norm, self.activation)
         return x if self.attention is None else self.attention(x)
 
 
@@ -176,7 +205,7 @@ class MetricHead(nn.Module):
         self.fc3 = nn.Linear(256, 1)
 
     def forward(self, map_vis: Tensor, map_ir: Tensor) -> Tensor:
-        x = self.activation(self.norm(self.conv((map_vis - map_ir).abs())))
+        x = normalize_activate(self.conv((map_vis - map_ir).abs()), self.norm, self.activation)
         x = x.float().mean(dim=(2, 3)).to(x.dtype)
         x = F.relu(self.fc2(F.relu(self.fc1(x))))
         return self.fc3(x).flatten()

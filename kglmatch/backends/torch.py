@@ -17,7 +17,8 @@ from kglmatch.network import KGLNet
 from kglmatch.progress import steps
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-DEFAULT_BATCH = {"cpu": 64, "cuda": 1024}
+# On the CPU few enough that the maps stay in the cache: 16 measured faster than 64 and than 8.
+DEFAULT_BATCH = {"cpu": 16, "cuda": 1024}
 
 
 def choose_device(device: str) -> torch.device:
