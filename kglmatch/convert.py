@@ -1,7 +1,8 @@
-"""Published KGL-Net checkpoints -> our names. The only place that reads a pickle, with `weights_only=True`."""
+"""Published KGL-Net checkpoints -> our names. A pickle is read nowhere else, with `weights_only=True`."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,17 +65,27 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
 
     import torch
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
-    if not path.is_file():
-        raise WeightsError(f"checkpoint not found: {path}")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"cannot read checkpoint {path}: {reason}") from error
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise WeightsError(f"checkpoint not found: {path}") from error
+    except OSError as error:
+        raise WeightsError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    if path.suffix == ".safetensors":
+        try:
+            return load(data)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise WeightsError(f"{path} is not a valid safetensors file: {error}") from error
+    try:
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+        # PyTorch's own words advise to let the file run code.
+        raise WeightsError(
+            f"cannot read checkpoint {path}: it is damaged, no file of PyTorch, or holds more than tensors "
+            "(expected a state dict as torch.save writes it)"
+        ) from error
     # Training scripts often wrap the state dict.
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):

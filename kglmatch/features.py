@@ -185,7 +185,8 @@ def read_npz(path: str | Path, required: set[str]) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read {path}: {reason}") from error
     if not required <= set(arrays):
         raise DataError(f"{path} lacks {sorted(required - set(arrays))}; it holds {sorted(arrays)}")
     return arrays

@@ -73,9 +73,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         if final.exists() and not final.is_dir():
             raise OutputError(f"cannot write {path}: it is a file; expected the name of a new folder")
         if not final.parent.is_dir():
-            raise OutputError(
-                f"cannot write {path}: the folder {final.parent} does not exist; create it first"
-            )
+            raise _no_folder(path, final.parent)
         temporary = final.with_name(f".tmp-{secrets.token_hex(8)}")
         temporary.mkdir()
     except OSError as error:
@@ -123,7 +121,7 @@ def _begin(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     if exists and not final.is_file():
         raise OutputError(f"cannot write {path}: it is not a plain file, and would be replaced by one")
     if not has_parent:
-        raise OutputError(f"cannot write {path}: the folder {final.parent} does not exist; create it first")
+        raise _no_folder(path, final.parent)
     temporary = final.with_name(f".tmp-{secrets.token_hex(8)}{final.suffix}")
     try:
         # Not by `tempfile`: the file gets the permissions that any new file gets.
@@ -131,3 +129,9 @@ def _begin(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     return final, temporary
+
+
+def _no_folder(path: str | os.PathLike[str], parent: Path) -> OutputError:
+    if parent.exists():
+        return OutputError(f"cannot write {path}: {parent} is a file, not a folder")
+    return OutputError(f"cannot write {path}: the folder {parent} does not exist; create it first")

@@ -100,7 +100,7 @@ MISTAKES = {
     "match vis.png ir.png --save m.txt": ["m.txt", ".csv"],
     "match vis.png ir.png --save none/m.csv": ["none/m.csv", "does not exist"],
     "match vis.png ir.png -o none/m.png": ["none/m.png", "does not exist"],
-    "match vis.png ir.png -o vis.png/m.png": ["vis.png/m.png"],
+    "match vis.png ir.png -o vis.png/m.png": ["vis.png/m.png", "is a file"],
     "match vis.png ir.png -o ./ir.png": ["ir.png", "input"],
     "match vis.png ir.png -o m.png --checkerboard m.png": ["m.png", "-o"],
     "match vis.png ir.png --save=": ["--save", "empty"],
@@ -118,7 +118,7 @@ MISTAKES = {
     "score a b": ["no file name in common"],
     "score a c": ["x.png", "x.tif"],
     "score a d": ["0 files"],
-    "score missing.npz": ["missing.npz"],
+    "score missing.npz": ["missing.npz: No such file"],
     "score patch.png patch.png --save s.txt": ["s.txt", ".csv"],
     "score patch.png patch.png --save patch.png": ["patch.png", ".csv"],
     "score patch.png patch.png --save none/s.csv": ["none", "does not exist"],
@@ -418,5 +418,6 @@ def test_a_pickle_is_not_executed(folder, capsys):
     torch.save({"a": Malicious()}, "zip.pth")
     Path("plain.pth").write_bytes(pickle.dumps(Malicious(), protocol=2))
     for name in ("zip.pth", "plain.pth"):
-        assert name in message(capsys, folder, ["convert", name, name, "-o", "model"])
+        told = message(capsys, folder, ["convert", name, name, "-o", "model"])
+        assert f"checkpoint {name}" in told and "weights_only" not in told
     assert not Path("pwned").exists()
