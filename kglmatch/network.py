@@ -36,7 +36,8 @@ class FRN(nn.Module):
     def scale(self, x: Tensor) -> Tensor:
         """The division and the weight as one factor a channel: (N, C, H, W) -> (N, C, 1, 1)."""
         mean_square = _mean_square(x) if torch.is_grad_enabled() else _mean_square_inference(x)
-        return (self.weight.float() * torch.rsqrt(mean_square + FRN_EPS)).to(x.dtype)
+        scale: Tensor = self.weight.float() * torch.rsqrt(mean_square + FRN_EPS)
+        return scale.to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.bias.to(x.dtype), x, self.scale(x))
@@ -51,7 +52,7 @@ def _mean_square_inference(x: Tensor) -> Tensor:
     # channels-last layout: 1.8 GB/s against 4.0 GB/s by two passes.
     if not (x.is_cuda or x.is_contiguous()):
         return _mean_square(x)
-    norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=torch.float32)
     return norm.square() / (x.shape[2] * x.shape[3])
 
 
@@ -77,7 +78,8 @@ def normalize_activate(x: Tensor, norm: FRN, activation: TLU) -> Tensor:
     Shape: (N, C, H, W) -> (N, C, H, W)
     """
     if torch.is_grad_enabled():
-        return activation(norm(x))
+        x = activation(norm(x))
+        return x
     torch.addcmul(norm.bias.to(x.dtype), x, norm.scale(x), out=x)
     return x.clamp_(min=activation.tau.to(x.dtype))
 
@@ -169,9 +171,9 @@ class PerModality(nn.Module):
         self.is_shared = shared
 
     def forward(self, x: Tensor, modality: str) -> Tensor:
-        if self.is_shared:
-            return self.shared(x)
-        return self.vis(x) if modality == "vis" else self.ir(x)
+        module = self.shared if self.is_shared else self.vis if modality == "vis" else self.ir
+        out: Tensor = module(x)
+        return out
 
 
 class DescriptorHead(nn.Module):
@@ -186,7 +188,8 @@ class DescriptorHead(nn.Module):
         self.norm = nn.BatchNorm2d(config.descriptor_dim)
 
     def forward(self, descriptor_map: Tensor) -> Tensor:
-        return self.norm(self.conv(descriptor_map)).flatten(1)
+        raw: Tensor = self.norm(self.conv(descriptor_map))
+        return raw.flatten(1)
 
 
 class MetricHead(nn.Module):
@@ -207,8 +210,8 @@ class MetricHead(nn.Module):
     def forward(self, map_vis: Tensor, map_ir: Tensor) -> Tensor:
         x = normalize_activate(self.conv((map_vis - map_ir).abs()), self.norm, self.activation)
         x = x.float().mean(dim=(2, 3)).to(x.dtype)
-        x = F.relu(self.fc2(F.relu(self.fc1(x))))
-        return self.fc3(x).flatten()
+        logit: Tensor = self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
+        return logit.flatten()
 
 
 class BranchOutputs(NamedTuple):
@@ -249,7 +252,8 @@ class KGLNet(nn.Module):
 
     def map(self, patches: Tensor, modality: str) -> Tensor:
         """(N, 1, P, P) -> (N, 256, S, S) metric maps, the input of `score`."""
-        return self.metric_trunk(self.stem(patches, modality), modality)
+        metric_map: Tensor = self.metric_trunk(self.stem(patches, modality), modality)
+        return metric_map
 
     def encode(self, patches: Tensor, modality: str) -> tuple[Tensor, Tensor]:
         """(N, 1, P, P) -> descriptors (N, D) and metric maps (N, 256, S, S)."""

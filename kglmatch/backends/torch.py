@@ -83,11 +83,8 @@ class TorchBackend:
         self.device, self.dtype, self.batch_size = str(self._device), dtype, batch_size
         net = KGLNet(config)
         net.load_state_dict(state)
-        self.net = (
-            net.eval()
-            .requires_grad_(False)
-            .to(self._device, DTYPES[dtype], memory_format=torch.channels_last)
-        )
+        net.eval().requires_grad_(False).to(self._device, DTYPES[dtype])
+        self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _to_device(self, patches: Array) -> Tensor:
         """A chunk of patches as (N, 1, P, P) float32 on the device; uint8 travels as uint8."""
@@ -139,8 +136,8 @@ class TorchBackend:
         return to_numpy(out)
 
     def _maps(self, maps: Array) -> Tensor:
-        maps = maps if isinstance(maps, Tensor) else torch.from_numpy(np.ascontiguousarray(maps))
-        return maps.to(self._device, DTYPES[self.dtype])
+        tensor = maps if isinstance(maps, Tensor) else torch.from_numpy(np.ascontiguousarray(maps))
+        return tensor.to(self._device, DTYPES[self.dtype])
 
     def _rows(self, maps: Tensor, rows: NDArray[np.int64] | None, part: slice) -> Tensor:
         if rows is None:
