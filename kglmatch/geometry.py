@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from kglmatch.errors import KGLMatchError
+
+TransformKind = Literal["translation", "similarity", "affine", "homography"]
+TRANSFORMS: tuple[TransformKind, ...] = get_args(TransformKind)
 
 MIN_MATCHES = 4  # a homography has eight degrees of freedom, a point pair gives two
 
@@ -66,3 +71,50 @@ def corner_error(estimated: NDArray[np.floating], true: NDArray[np.floating], si
     corners = np.array([[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]], np.float64)
     difference = transform_points(estimated, corners) - transform_points(true, corners)
     return float(np.linalg.norm(difference, axis=1).mean())
+
+
+def transform_jacobian(kind: TransformKind, points: NDArray[np.floating]) -> NDArray[np.float64]:
+    """How points move with the parameters of `small_transform`, at the identity: (P, 2, parameters).
+
+    Args:
+        points: (P, 2) xy.
+    """
+    x, y = points.astype(np.float64).T
+    one, none = np.ones_like(x), np.zeros_like(x)
+    rows = {
+        "translation": ([one, none], [none, one]),
+        "similarity": ([one, none, x, -y], [none, one, y, x]),
+        "affine": ([one, none, x, y, none, none], [none, one, none, none, x, y]),
+        "homography": (
+            [one, none, x, y, none, none, -x * x, -x * y],
+            [none, one, none, none, x, y, -x * y, -y * y],
+        ),
+    }[kind]
+    return np.stack([np.stack(row, axis=1) for row in rows], axis=1)
+
+
+def small_transform(kind: TransformKind, step: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The (3, 3) transform near the identity with these parameters (see `transform_jacobian`)."""
+    transform = np.eye(3)
+    transform[:2, 2] = step[:2]
+    if kind == "similarity":
+        transform[:2, :2] += [[step[2], -step[3]], [step[3], step[2]]]
+    elif kind != "translation":
+        transform[:2, :2] += [[step[2], step[3]], [step[4], step[5]]]
+        transform[2, :2] = step[6:] if kind == "homography" else 0
+    return transform
+
+
+def similarity_about(
+    rotation: float, scale: float, centre_vis: tuple[float, float], centre_ir: tuple[float, float]
+) -> NDArray[np.float64]:
+    """(3, 3) that turns by `rotation` degrees, scales, and takes one centre to the other (xy pixels)."""
+    cos, sin = scale * np.cos(np.deg2rad(rotation)), scale * np.sin(np.deg2rad(rotation))
+    transform = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
+    transform[:2, 2] = np.array(centre_ir) - transform[:2, :2] @ np.array(centre_vis)
+    return transform
+
+
+def resize_matrix(factor_x: float, factor_y: float) -> NDArray[np.float64]:
+    """(3, 3) from the pixels of an image to those of its resized copy: pixel centres, not corners, scale."""
+    return np.array([[factor_x, 0, 0.5 * factor_x - 0.5], [0, factor_y, 0.5 * factor_y - 0.5], [0, 0, 1.0]])

@@ -29,9 +29,12 @@ from kglmatch.matching import (
 from kglmatch.patches import check_patches, extract_patches
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kglmatch.backends.base import Backend
     from kglmatch.model_card import ModelCard
     from kglmatch.pretrained import ModelFiles
+    from kglmatch.results import BandRegistration, Registration, RegistrationCheck
 
 DECISIONS = ("metric", "descriptor")
 DEFAULT_TOP_K = 3
@@ -409,6 +412,116 @@ class Matcher:
             matches.keypoints_vis, matches.keypoints_ir, threshold=threshold
         )
         return dataclasses.replace(matches, homography=homography, inliers=inliers)
+
+    # --- whole images -------------------------------------------------------------------------
+
+    def register(
+        self,
+        vis: Any,
+        ir: Any,
+        *,
+        transform: str = "auto",
+        max_displacement: float | None = None,
+        max_rotation: float = 15.0,
+        max_scale: float = 1.25,
+    ) -> Registration:
+        """Finds the transform between two whole images, and says whether to believe it.
+
+        The structure of the images (directions of edges) is searched and refined to a fraction of a
+        pixel; the network judges what was found. See `kglmatch.registration` and `kglmatch.judge`.
+
+        Args:
+            vis, ir: images, as for `extract`; sizes and resolutions may differ.
+            transform: "translation", "similarity", "affine", "homography", or "auto": the simplest
+                that no other clearly beats.
+            max_displacement: pixels that the middle of the image may be moved by; None for any shift
+                that leaves a third of the image in common.
+            max_rotation: degrees, either way; 180 searches every rotation.
+            max_scale: factor, either way, beside the ratio of the image sizes.
+
+        Returns:
+            `Registration`; its verdict is "failed" where nothing was found that holds.
+
+        Raises:
+            ImageError: unreadable, or smaller than a patch.
+            KGLMatchError: a parameter out of range.
+        """
+        from kglmatch.judge import register
+
+        return register(
+            self,
+            self._load(vis),
+            self._load(ir),
+            kind=transform,
+            max_displacement=max_displacement,
+            max_rotation=max_rotation,
+            max_scale=max_scale,
+        )
+
+    def check(self, vis: Any, ir: Any, *, max_displacement: float = 16.0) -> RegistrationCheck:
+        """How well are two images registered that should lie on each other, and where not?
+
+        Args:
+            vis, ir: images of one size, as for `extract`.
+            max_displacement: pixels, 1 to 64; larger displacements are not found.
+
+        Returns:
+            `RegistrationCheck`: displacements on a grid, and their summary.
+
+        Raises:
+            ImageError: unreadable, smaller than a patch, or of different sizes.
+            KGLMatchError: a parameter out of range.
+        """
+        from kglmatch.judge import check
+
+        return check(self, self._load(vis), self._load(ir), max_displacement=max_displacement)
+
+    def register_stack(
+        self,
+        reference: Any,
+        bands: Sequence[Any],
+        *,
+        names: Sequence[str] | None = None,
+        transform: str = "auto",
+        max_displacement: float | None = None,
+        max_rotation: float = 5.0,
+        max_scale: float = 1.1,
+    ) -> list[BandRegistration]:
+        """Registers every band of a multispectral rig to one reference.
+
+        A band that is not registered directly is tried through the bands that are, the surest first.
+        A band that fails all the same says so in its verdict and has no transform.
+
+        Args:
+            reference: image, as for `extract`: the "vis" side.
+            bands: images: the "ir" side.
+            names: of the bands; their positions if None.
+            transform, max_displacement, max_rotation, max_scale: as for `register`.
+
+        Returns:
+            one `BandRegistration` a band, in the order given.
+
+        Raises:
+            ImageError, KGLMatchError: as for `register`, or names that do not fit the bands.
+        """
+        from kglmatch.judge import register_stack
+
+        return register_stack(
+            self,
+            self._load(reference),
+            [self._load(band) for band in bands],
+            names=names,
+            kind=transform,
+            max_displacement=max_displacement,
+            max_rotation=max_rotation,
+            max_scale=max_scale,
+        )
+
+    def _load(self, image: Any) -> NDArray[np.float32]:
+        grey = load_image(image)
+        name = str(image) if isinstance(image, str | Path) else "the image"
+        check_image_size(grey, self.config.patch_size, name)
+        return grey
 
     # --- how ----------------------------------------------------------------------------------
 

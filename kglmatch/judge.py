@@ -1,0 +1,227 @@
+"""Registration that knows what it is worth: structure proposes, the network judges.
+
+Two witnesses that go wrong in different ways. Structure says how many windows support a transform
+that was fitted without them. The network says whether patches at the same place are more alike than
+patches at different places: a mean share of 0.5 is chance. Only where both agree is a pair called
+registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kglmatch.errors import ImageError, KGLMatchError
+from kglmatch.features import to_numpy
+from kglmatch.geometry import TRANSFORMS, transform_points
+from kglmatch.matching import distance_from_cosine
+from kglmatch.patches import extract_patches
+from kglmatch.registration import Alignment, align, displacement_field
+from kglmatch.results import BandRegistration, Registration, RegistrationCheck, Verdict, warp_image
+
+if TYPE_CHECKING:
+    from kglmatch.matcher import Matcher
+
+Image = NDArray[np.float32]
+
+_PLACES = 48  # that the network looks at
+_ALTERNATIVES = 2
+_INLIER_VOTE, _INLIER_RESIDUAL = 0.5, 2.0  # vote of a window; pixels
+# Below the first, "failed"; from the second on, "registered". Set on pairs of the training folders,
+# related and not (`benchmarks/registration.py --unrelated`).
+_SUPPORT = (0.20, 0.28)
+_AGREEMENT = (0.62, 0.68)
+
+
+def agreement(distances: NDArray[np.floating]) -> float:
+    """Mean share of other places that are less alike than the right one.
+
+    Args:
+        distances: (K, K) descriptor distances of patches at K places, visible rows, ir columns.
+
+    Returns:
+        in [0, 1]; 0.5 by chance, and for fewer than two places.
+    """
+    count = len(distances)
+    if count < 2:
+        return 0.5
+    own = np.diagonal(distances)
+    farther = (distances > own[:, None]).sum() + (distances > own[None, :]).sum()
+    return float(farther / (2 * count * (count - 1)))
+
+
+def confidence(support: float, agreed: float) -> float:
+    """In [0, 1]; 0.5 where the weaker witness just reaches what "registered" asks for."""
+    strengths = [
+        (value - upper) / (upper - lower)
+        for value, (lower, upper) in ((support, _SUPPORT), (agreed, _AGREEMENT))
+    ]
+    return float(1 / (1 + np.exp(-np.clip(1.5 * min(strengths), -30, 30))))
+
+
+def give_verdict(support: float, agreed: float) -> Verdict:
+    """What the two witnesses allow to say."""
+    if support >= _SUPPORT[1] and agreed >= _AGREEMENT[1]:
+        return "registered"
+    return "doubtful" if support >= _SUPPORT[0] and agreed >= _AGREEMENT[0] else "failed"
+
+
+def register(matcher: Matcher, vis: Image, ir: Image, **limits: Any) -> Registration:
+    """`Matcher.register` on grey images (H, W) in [0, 1]; `limits` as for `registration.align`."""
+    alternatives = align(vis, ir, **limits)[:_ALTERNATIVES]
+    judged = [judge(matcher, vis, ir, alignment) for alignment in alternatives]
+    return max(judged, key=lambda r: r.confidence) if judged else _nothing_found(vis, ir)
+
+
+def judge(matcher: Matcher, vis: Image, ir: Image, alignment: Alignment) -> Registration:
+    """Lets the network look at patches that an alignment lays on each other."""
+    size = matcher.config.patch_size
+    height, width = vis.shape
+    moved = warp_image(ir, alignment.transform, (width, height), interpolation=cv2.INTER_LINEAR)
+    covered = warp_image(np.full(ir.shape, 255, np.uint8), alignment.transform, (width, height)) == 255
+    half = size // 2
+    whole = cv2.erode(covered.astype(np.uint8), np.ones((size, size), np.uint8), borderValue=0)
+    places = np.rint(alignment.points_vis).astype(np.int64)
+    x, y = places.T
+    inside = (x >= half) & (y >= half) & (x <= width - half) & (y <= height - half)
+    rows = np.flatnonzero(inside & (whole[y.clip(0, height - 1), x.clip(0, width - 1)] > 0))
+    rows = rows[np.unique(np.linspace(0, max(len(rows) - 1, 0), min(len(rows), _PLACES)).astype(int))]
+    scores, agreed = np.zeros(len(places), np.float32), 0.5
+    if len(rows) > 1:
+        at = places[rows].astype(np.float32)
+        features_vis = matcher.describe(extract_patches(vis, at, patch_size=size), "vis")
+        features_ir = matcher.describe(extract_patches(moved, at, patch_size=size), "ir")
+        scores[rows] = matcher.score(features_vis, features_ir)
+        cosine = to_numpy(features_vis.descriptors) @ to_numpy(features_ir.descriptors).T
+        agreed = agreement(distance_from_cosine(cosine))
+    verdict = give_verdict(alignment.support, agreed)
+    failed = verdict == "failed"
+    return Registration(
+        verdict=verdict,
+        confidence=confidence(alignment.support, agreed),
+        transform=None if failed else alignment.transform,
+        kind=None if failed else alignment.kind,
+        keypoints_vis=alignment.points_vis.astype(np.float32),
+        keypoints_ir=alignment.points_ir.astype(np.float32),
+        scores=scores,
+        residuals=alignment.residuals.astype(np.float32),
+        inliers=(alignment.votes > _INLIER_VOTE) & (alignment.residuals < _INLIER_RESIDUAL),
+        support=alignment.support,
+        agreement=agreed,
+        vis_size=(width, height),
+        ir_size=(ir.shape[1], ir.shape[0]),
+    )
+
+
+def _nothing_found(vis: Image, ir: Image) -> Registration:
+    points, values = np.empty((0, 2), np.float32), np.empty(0, np.float32)
+    return Registration(
+        verdict="failed",
+        confidence=confidence(0.0, 0.5),
+        transform=None,
+        kind=None,
+        keypoints_vis=points,
+        keypoints_ir=points,
+        scores=values,
+        residuals=values,
+        inliers=np.empty(0, bool),
+        support=0.0,
+        agreement=0.5,
+        vis_size=(vis.shape[1], vis.shape[0]),
+        ir_size=(ir.shape[1], ir.shape[0]),
+    )
+
+
+def check(matcher: Matcher, vis: Image, ir: Image, *, max_displacement: float) -> RegistrationCheck:
+    """`Matcher.check` on grey images (H, W) in [0, 1]."""
+    if not 1 <= max_displacement <= 64:
+        raise KGLMatchError(f"max_displacement must be in [1, 64] pixels, got {max_displacement}")
+    if vis.shape != ir.shape:
+        sizes = " and ".join(f"{image.shape[1]} x {image.shape[0]}" for image in (vis, ir))
+        raise ImageError(f"check needs images of one size, got {sizes}; register takes any two")
+    field = displacement_field(vis, ir, max_displacement)
+    registration = _nothing_found(vis, ir) if field is None else judge(matcher, vis, ir, field.alignment)
+    size = (vis.shape[1], vis.shape[0])
+    if field is None or not field.judged.any() or registration.verdict == "failed":
+        points = np.empty((0, 2)) if field is None else field.points
+        nothing = np.full(points.shape, np.nan, np.float32)
+        return RegistrationCheck(
+            verdict="failed" if registration.verdict == "failed" else "doubtful",
+            points=points.astype(np.float32),
+            displacement=nothing,
+            certainty=np.zeros(len(points), np.float32),
+            judged=np.zeros(len(points), bool),
+            shift=np.full(2, np.nan, np.float32),
+            median_error=float("nan"),
+            p95_error=float("nan"),
+            judged_share=0.0,
+            image_size=size,
+        )
+    moved = field.displacement[field.judged]
+    length = np.linalg.norm(moved, axis=1)
+    return RegistrationCheck(
+        verdict=registration.verdict,
+        points=field.points.astype(np.float32),
+        displacement=field.displacement.astype(np.float32),
+        certainty=field.certainty.astype(np.float32),
+        judged=field.judged,
+        shift=np.median(moved, axis=0).astype(np.float32),
+        median_error=float(np.median(length)),
+        p95_error=float(np.percentile(length, 95)),
+        judged_share=float(field.judged.mean()),
+        image_size=size,
+    )
+
+
+def register_stack(
+    matcher: Matcher,
+    reference: Image,
+    bands: Sequence[Image],
+    *,
+    names: Sequence[str] | None = None,
+    **limits: Any,
+) -> list[BandRegistration]:
+    """`Matcher.register_stack` on grey images (H, W) in [0, 1]."""
+    names = [str(i) for i in range(len(bands))] if names is None else list(names)
+    if len(names) != len(bands):
+        raise KGLMatchError(f"got {len(bands)} bands but {len(names)} names")
+    direct = [register(matcher, reference, band, **limits) for band in bands]
+    sure = [i for i in np.argsort([-r.confidence for r in direct]) if direct[i].verdict == "registered"]
+    results = []
+    for i, (name, found) in enumerate(zip(names, direct, strict=True)):
+        result = BandRegistration(name, found)
+        if found.verdict != "registered":
+            for j in sure:
+                onward = register(matcher, bands[j], bands[i], **limits)
+                if onward.verdict == "registered":
+                    result = BandRegistration(name, _through(direct[j], onward), names[j])
+                    break
+        results.append(result)
+    return results
+
+
+def _through(first: Registration, second: Registration) -> Registration:
+    """The registration from the first's visible image to the second's ir image."""
+    if first.transform is None or second.transform is None:
+        raise KGLMatchError("a registration that failed cannot be composed")
+    transform = second.transform @ first.transform
+    back = transform_points(np.linalg.inv(first.transform), second.keypoints_vis)
+    return Registration(
+        verdict="registered",
+        confidence=first.confidence * second.confidence,
+        transform=transform / transform[2, 2],
+        kind=max(first.kind or "affine", second.kind or "affine", key=TRANSFORMS.index),
+        keypoints_vis=back.astype(np.float32),
+        keypoints_ir=second.keypoints_ir,
+        scores=second.scores,
+        residuals=second.residuals,
+        inliers=second.inliers,
+        support=min(first.support, second.support),
+        agreement=min(first.agreement, second.agreement),
+        vis_size=first.vis_size,
+        ir_size=second.ir_size,
+    )

@@ -1,0 +1,510 @@
+"""How one image lies on another, from structure alone: the search behind `Matcher.register`.
+
+Coarse to fine. First the whole images are correlated over a grid of rotations and scales, all shifts
+at once. The best few are then refined on a pyramid: windows of the visible image are correlated with
+their surroundings in the resampled other one, and one transform is fitted to all surfaces together
+(`kglmatch.surfaces`). What this finds, the network judges (`kglmatch.matcher`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kglmatch.errors import KGLMatchError
+from kglmatch.geometry import (
+    TRANSFORMS,
+    TransformKind,
+    resize_matrix,
+    similarity_about,
+    transform_points,
+)
+from kglmatch.structure import GlobalCorrelator, correlate_windows, structure_maps
+from kglmatch.surfaces import climb, expand, peaks, smooth, standardise, starting_points, votes
+
+Image = NDArray[np.float32]
+Matrix = NDArray[np.float64]
+
+_COARSE_SIDE = 160
+_COARSE_ROTATION = 3.0  # degrees between hypotheses
+_COARSE_SCALE = 0.06  # of log scale
+_COARSE_OVERLAP = 0.35
+_HYPOTHESES = 3
+_EDGE = 4  # pixels next to a border, where filters see what is not there
+_FIRST_SIDE = 256
+_LAST_SIDE = 2048
+_COVERED = 0.7  # of a window
+_MIN_WINDOWS = 8
+# A transform with more parameters must win so much more of the held-out votes.
+_KIND_GAIN = 1.01
+_CLEAR_PEAK = 2.6  # standard deviations above a surface's mean
+
+
+@dataclass(frozen=True)
+class Level:
+    """Correlation surfaces at one resolution, about a transform that is nearly right.
+
+    Attributes:
+        centres: (P, 2) xy pixels of the windows, at this resolution.
+        surfaces: (P, S, S), standardised.
+        to_level: (3, 3) from visible pixels to this resolution.
+        predicted: (3, 3) from this resolution to ir pixels, the transform that was assumed.
+    """
+
+    centres: Matrix
+    surfaces: NDArray[np.float32]
+    to_level: Matrix
+    predicted: Matrix
+
+    def full(self, correction: Matrix) -> Matrix:
+        """A correction at this resolution as a transform (3, 3) from visible to ir pixels."""
+        transform = self.predicted @ correction @ self.to_level
+        return transform / transform[2, 2]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What structure says about two images.
+
+    Attributes:
+        transform: (3, 3) from visible to ir pixels.
+        kind: what kind of transform it is.
+        points_vis, points_ir: (P, 2) xy pixels: window centres, and where they were found near the
+            place that the transform predicts.
+        votes: (P,) how clearly each window agrees, about 0 (not) to 3.
+        residuals: (P,) ir pixels between the found and the predicted place.
+        support: mean vote of windows for transforms that were fitted without them.
+        support_at_start: the same for the transform that was refined (mean vote, nothing fitted).
+    """
+
+    transform: Matrix
+    kind: TransformKind
+    points_vis: Matrix
+    points_ir: Matrix
+    votes: Matrix
+    residuals: Matrix
+    support: float
+    support_at_start: float
+
+
+def align(
+    vis: Image,
+    ir: Image,
+    *,
+    kind: str = "auto",
+    max_displacement: float | None = None,
+    max_rotation: float = 15.0,
+    max_scale: float = 1.25,
+) -> list[Alignment]:
+    """Finds transforms from a visible image to another sensor's, without a prior but the limits.
+
+    Args:
+        vis, ir: (H, W) float32 grey in [0, 1]; sizes may differ.
+        kind: "translation", "similarity", "affine", "homography", or "auto": the simplest that no
+            other beats clearly on windows held out of the fit.
+        max_displacement: pixels; how far the middle of the image may be moved in x and y.
+        max_rotation: degrees, either way.
+        max_scale: factor, either way, beside the ratio of the image sizes.
+
+    Returns:
+        alternatives, the best supported first; empty if the images hold too little structure, or
+        overlap too little.
+
+    Raises:
+        KGLMatchError: a parameter out of range.
+    """
+    check_limits(kind, max_displacement, max_rotation, max_scale)
+    starts = _coarse(vis, ir, max_displacement, max_rotation, max_scale)
+    refined: list[tuple[float, Matrix]] = []
+    for start in starts:
+        level = make_level(vis, ir, start, _FIRST_SIDE, radius=10, across=9)
+        if level is None:
+            continue
+        correction, vote = _fit(level, ("similarity", "affine"), (2.0, 1.0))
+        refined.append((vote, level.full(correction)))
+    refined.sort(key=lambda item: -item[0])
+    alternatives: list[Alignment] = []
+    for _, transform in refined:
+        if any(_same(transform, other.transform, vis.shape) for other in alternatives):
+            continue
+        alignment = refine(vis, ir, transform, kind=kind)
+        if alignment is not None and not any(
+            _same(alignment.transform, other.transform, vis.shape) for other in alternatives
+        ):
+            alternatives.append(alignment)
+    return sorted(alternatives, key=lambda a: -a.support)
+
+
+def check_limits(kind: str, max_displacement: float | None, max_rotation: float, max_scale: float) -> None:
+    """Raises `KGLMatchError` for a parameter of `align` that is out of range."""
+    if kind != "auto" and kind not in TRANSFORMS:
+        raise KGLMatchError(f"transform must be one of {('auto', *TRANSFORMS)}, got {kind!r}")
+    if max_displacement is not None and not 0 <= max_displacement < np.inf:
+        raise KGLMatchError(f"max_displacement must be 0 pixels or more, got {max_displacement}")
+    if not 0 <= max_rotation <= 180:
+        raise KGLMatchError(f"max_rotation must be in [0, 180] degrees, got {max_rotation}")
+    if not 1 <= max_scale <= 4:
+        raise KGLMatchError(f"max_scale must be in [1, 4], got {max_scale}")
+
+
+def refine(
+    vis: Image, ir: Image, start: Matrix, *, kind: str = "auto", first_radius: int = 10
+) -> Alignment | None:
+    """Refines a transform that is right to about a hundredth of the image's size.
+
+    Args:
+        vis, ir: (H, W) float32 grey.
+        start: (3, 3) from visible to ir pixels.
+        kind: as for `align`.
+        first_radius: pixels at a width of 256 that the start may be wrong by.
+
+    Returns:
+        the alignment, or None if fewer than 8 windows are covered by both images.
+    """
+    transform = start
+    levels: list[Level] = []
+    support_at_start = 0.0
+    sides = _pyramid(max(vis.shape))
+    kinds: tuple[TransformKind, ...] = ("similarity", "affine")
+    if kind in ("translation", "similarity"):
+        kinds = (kind,)  # type: ignore[assignment]
+    for depth, side in enumerate(sides):
+        radius, across = (first_radius, 9) if depth == 0 else (8, 12) if depth == 1 else (6, 14)
+        level = make_level(vis, ir, transform, side, radius=radius, across=across)
+        if level is None:
+            return None
+        if not levels:
+            support_at_start = float(votes(smooth(level.surfaces, 1.0), level.centres, np.eye(3)).mean())
+        levels.append(level)
+        correction, _ = _fit(level, kinds, (2.0, 1.0) if depth == 0 else (1.0, 0.5))
+        transform = level.full(correction)
+    last = levels[-1]
+    chosen, correction = _choose_kind(last, kind, correction)
+    # Fine windows of a noisy sensor agree little where coarse ones agree well.
+    support = max(_held_out(last, chosen, correction), _held_out(levels[0], "affine", None))
+    return _finish(last, chosen, correction, support, support_at_start)
+
+
+@dataclass(frozen=True)
+class Field:
+    """Displacements on a grid, for images that should lie on each other.
+
+    Attributes:
+        points: (G, 2) xy pixels.
+        displacement: (G, 2) pixels, where the ir content is found minus where it should be, smoothed.
+        certainty: (G,) in [0, 1].
+        judged: (G,) bool, certain enough to count.
+        alignment: the transform that explains most of it.
+    """
+
+    points: Matrix
+    displacement: Matrix
+    certainty: Matrix
+    judged: NDArray[np.bool_]
+    alignment: Alignment
+
+
+def displacement_field(vis: Image, ir: Image, max_displacement: float) -> Field | None:
+    """Where the content of two images of one size lies apart, point by point.
+
+    First a transform is fitted; then each window is looked for near the place that it predicts, and
+    what is found is smoothed over the neighbours by medians weighted with certainty.
+
+    Args:
+        vis, ir: (H, W) float32 grey, of one size.
+        max_displacement: pixels.
+
+    Returns:
+        the field, or None where the images hold too little structure.
+    """
+    factor = min(1.0, _FIRST_SIDE / max(vis.shape))
+    radius = int(np.clip(np.ceil(max_displacement * factor) + 2, 4, 24))
+    alignment = refine(vis, ir, np.eye(3), kind="affine", first_radius=radius)
+    if alignment is None:
+        return None
+    level = make_level(vis, ir, alignment.transform, _pyramid(max(vis.shape))[-1], radius=6, across=14)
+    if level is None:
+        return None
+    blurred = smooth(level.surfaces, 0.7)
+    at, height = peaks(blurred)
+    certainty = 1 / (1 + np.exp(-np.clip((height - _CLEAR_PEAK) / 0.3, -30, 30)))
+    points = transform_points(np.linalg.inv(level.to_level), level.centres)
+    found = transform_points(level.predicted, level.centres + at)
+    model = transform_points(alignment.transform, points) - points
+    raw = found - points - model
+    smoothed = _median_of_neighbours(points, raw, certainty)
+    judged = certainty > 0.5
+    return Field(points, model + smoothed, certainty, judged, alignment)
+
+
+def _median_of_neighbours(points: Matrix, values: Matrix, weights: Matrix, count: int = 9) -> Matrix:
+    """Weighted median of the values (G, 2) at each point's `count` nearest points, itself included."""
+    squared = ((points[:, None] - points[None]) ** 2).sum(axis=2)
+    near = np.argsort(squared, axis=1, kind="stable")[:, :count]
+    out = np.empty_like(values)
+    for axis in (0, 1):
+        order = np.argsort(values[near, axis], axis=1)
+        sorted_near = np.take_along_axis(near, order, axis=1)
+        cumulative = np.cumsum(weights[sorted_near] + 1e-6, axis=1)
+        middle = (cumulative >= cumulative[:, -1:] / 2).argmax(axis=1)
+        out[:, axis] = values[sorted_near[np.arange(len(points)), middle], axis]
+    return out
+
+
+# --- coarse -----------------------------------------------------------------------------------
+
+
+def _coarse(
+    vis: Image, ir: Image, max_displacement: float | None, max_rotation: float, max_scale: float
+) -> list[Matrix]:
+    """The best supported similarities of a grid over rotation and scale, best first."""
+    factor = _COARSE_SIDE / max(*vis.shape, *ir.shape)
+    small_vis, small_ir = _shrink(vis, factor), _shrink(ir, factor)
+    size = small_vis.shape[1], small_vis.shape[0]
+    centre_vis = (size[0] - 1) / 2, (size[1] - 1) / 2
+    centre_ir = (small_ir.shape[1] - 1) / 2, (small_ir.shape[0] - 1) / 2
+    correlator = GlobalCorrelator(_without_edge(structure_maps(small_vis)))
+    to_small_vis, to_small_ir = _resize(vis, small_vis), _resize(ir, small_ir)
+    # Two cameras show either the same field of view, whatever their resolutions, or the same pixels.
+    ratio = float(np.log(np.sqrt(ir.size / vis.size)))
+    nominal = [0.0, ratio] if abs(ratio) > _COARSE_SCALE else [0.0]
+    tried: dict[tuple[float, float], tuple[float, Matrix]] = {}
+
+    def evidence(rotation: float, log_scale: float) -> float:
+        key = round(rotation, 4), round(log_scale, 5)
+        if key not in tried:
+            turn = similarity_about(rotation, float(np.exp(log_scale)), centre_vis, centre_ir)
+            moved, mask = _resample(small_ir, turn, size, edge=2)
+            found, dx, dy = correlator.best_shift(
+                structure_maps(moved) * mask,
+                mask,
+                min_overlap=_COARSE_OVERLAP,
+                max_shift=None if max_displacement is None else max(1.0, max_displacement * factor),
+            )
+            shift = np.array([[1.0, 0, dx], [0, 1, dy], [0, 0, 1]])
+            tried[key] = found, np.linalg.inv(to_small_ir) @ turn @ shift @ to_small_vis
+        return tried[key][0]
+
+    rotations = _steps(max_rotation, _COARSE_ROTATION)
+    scales = sorted({n + s for n in nominal for s in _steps(float(np.log(max_scale)), _COARSE_SCALE)})
+    grid = sorted(((evidence(r, s), r, s) for r in rotations for s in scales), reverse=True)
+    kept: list[tuple[float, float, float]] = []
+    for item in grid:
+        apart = all(
+            abs(item[1] - k[1]) > _COARSE_ROTATION * 1.01 or abs(item[2] - k[2]) > _COARSE_SCALE * 1.01
+            for k in kept
+        )
+        if apart and np.isfinite(item[0]):
+            kept.append(item)
+        if len(kept) == _HYPOTHESES:
+            break
+    found = []
+    for item in kept:
+        best, rotation_step, scale_step = item, _COARSE_ROTATION / 2, _COARSE_SCALE / 2
+        if len(rotations) == 1:
+            rotation_step = 0.0
+        for _ in range(3):
+            around = [
+                (best[1] + i * rotation_step, best[2] + j * scale_step)
+                for i in (-1, 0, 1)
+                for j in (-1, 0, 1)
+            ]
+            best = max((evidence(r, s), r, s) for r, s in around)
+            rotation_step, scale_step = rotation_step / 2, scale_step / 2
+        transform = tried[round(best[1], 4), round(best[2], 5)][1]
+        found.append((best[0], transform / transform[2, 2]))
+    return [transform for _, transform in sorted(found, key=lambda f: -f[0])]
+
+
+def _steps(limit: float, step: float) -> list[float]:
+    """-limit .. limit in about equal steps, 0 included."""
+    count = int(np.ceil(limit / step))
+    return [0.0] if count == 0 else [float(x) for x in np.linspace(-limit, limit, 2 * count + 1)]
+
+
+# --- levels -----------------------------------------------------------------------------------
+
+
+def make_level(
+    vis: Image, ir: Image, transform: Matrix, side: int, *, radius: int, across: int
+) -> Level | None:
+    """Correlates windows of the visible image with the other one, resampled by a transform.
+
+    Args:
+        side: width or height, whichever is larger, that the visible image is shrunk to.
+        radius: displacements searched, pixels at this resolution.
+        across: windows along the longer side.
+
+    Returns:
+        the level, or None if fewer than 8 windows are covered by both images.
+    """
+    factor = min(1.0, side / max(vis.shape))
+    small_vis = _shrink(vis, factor)
+    to_level = _resize(vis, small_vis)
+    # The other image is shrunk by what the transform will not shrink, so that nothing aliases.
+    zoom = float(np.sqrt(abs(np.linalg.det(transform[:2, :2]))))
+    small_ir = _shrink(ir, min(1.0, factor / max(zoom, 1e-3)))
+    to_small_ir = _resize(ir, small_ir)
+    size = small_vis.shape[1], small_vis.shape[0]
+    predicted = transform @ np.linalg.inv(to_level)
+    moved, mask = _resample(small_ir, to_small_ir @ predicted, size, edge=_EDGE)
+    window = 64 if min(size) >= 2 * 64 else 32
+    centres = _grid(size, max(size) / across, window // 2 - 8)
+    covered = cv2.blur(mask, (window, window))[centres[:, 1], centres[:, 0]] > _COVERED
+    centres = centres[covered]
+    if len(centres) < _MIN_WINDOWS:
+        return None
+    surfaces = correlate_windows(
+        _without_edge(structure_maps(small_vis)),
+        structure_maps(moved) * mask,
+        centres,
+        size=window,
+        radius=radius,
+    )
+    return Level(centres.astype(np.float64), standardise(surfaces), to_level, predicted)
+
+
+def _pyramid(side: int) -> list[int]:
+    """Sides to refine at: 256, doubled while that brings the image's own resolution nearer."""
+    sides = [_FIRST_SIDE]
+    while sides[-1] * 1.5 < min(side, _LAST_SIDE):
+        sides.append(sides[-1] * 2)
+    return sides
+
+
+def _fit(level: Level, kinds: Sequence[TransformKind], sigmas: Sequence[float]) -> tuple[Matrix, float]:
+    """The best supported correction of a level, and its mean vote."""
+    blurred = [smooth(level.surfaces, sigma) for sigma in sigmas]
+    best, best_vote = np.eye(3), -1.0
+    for start in starting_points(level.surfaces, level.centres, tolerance=1.5):
+        correction = start
+        for kind in kinds:
+            correction = climb(blurred, level.centres, kind, correction)
+        vote = float(votes(blurred[-1], level.centres, correction).mean())
+        if vote > best_vote:
+            best, best_vote = correction, vote
+    return best, best_vote
+
+
+def _choose_kind(level: Level, kind: str, correction: Matrix) -> tuple[TransformKind, Matrix]:
+    """The kind that was asked for, or the simplest that no other clearly beats on held-out windows."""
+    blurred = [smooth(level.surfaces, 0.5)]
+    if kind != "auto":
+        return kind, climb(blurred, level.centres, kind, correction)  # type: ignore[arg-type,return-value]
+    chosen: TransformKind = "similarity"
+    best = -1.0
+    candidates: dict[str, Matrix] = {}
+    for candidate in ("similarity", "affine", "homography"):
+        start = correction if candidate != "similarity" else _nearest_similarity(level, correction)
+        candidates[candidate] = climb(blurred, level.centres, candidate, start)  # type: ignore[arg-type]
+        vote = _held_out(level, candidate, candidates[candidate])  # type: ignore[arg-type]
+        if vote > best * _KIND_GAIN:
+            chosen, best = candidate, vote  # type: ignore[assignment]
+    return chosen, candidates[chosen]
+
+
+def _nearest_similarity(level: Level, correction: Matrix) -> Matrix:
+    """The similarity that makes the whole transform one, as near to the correction as can be."""
+    found = transform_points(
+        level.full(correction), transform_points(np.linalg.inv(level.to_level), level.centres)
+    )
+    source = transform_points(np.linalg.inv(level.to_level), level.centres)
+    affine, _ = cv2.estimateAffinePartial2D(source, found, method=cv2.LMEDS)
+    if affine is None:
+        return correction
+    whole = np.vstack([affine, [0, 0, 1]])
+    back = np.linalg.inv(level.predicted) @ whole @ np.linalg.inv(level.to_level)
+    return back / back[2, 2]
+
+
+def _held_out(level: Level, kind: TransformKind, start: Matrix | None) -> float:
+    """Mean vote of windows for transforms fitted to the others: two halves, in a checkerboard.
+
+    Chance finds no support here, however many parameters are fitted.
+    """
+    blurred = [smooth(level.surfaces, 1.0)]
+    if start is None:
+        start, _ = _fit(level, (kind,), (2.0, 1.0))
+    cell = np.unique(level.centres[:, 0], return_inverse=True)[1]
+    row = np.unique(level.centres[:, 1], return_inverse=True)[1]
+    half = (cell + row) % 2 == 0
+    total = 0.0
+    for part in (half, ~half):
+        fitted = climb([b[part] for b in blurred], level.centres[part], kind, start)
+        total += float(votes(blurred[0][~part], level.centres[~part], fitted).sum())
+    return total / len(level.centres)
+
+
+def _finish(
+    level: Level, kind: TransformKind, correction: Matrix, support: float, support_at_start: float
+) -> Alignment:
+    """Places where each window was found near its predicted place, in full resolution."""
+    blurred = smooth(level.surfaces, 0.5)
+    predicted = transform_points(correction, level.centres)
+    _, gradients, hessians = expand(blurred, predicted - level.centres)
+    convex = (np.linalg.det(hessians) > 1e-4) & (hessians[:, 0, 0] < 0)
+    step = np.zeros_like(predicted)
+    step[convex] = -np.linalg.solve(hessians[convex], gradients[convex][:, :, None])[:, :, 0]
+    found = predicted + np.clip(step, -2, 2)
+    vote = votes(blurred, level.centres, correction)
+    transform = level.full(correction)
+    points_vis = transform_points(np.linalg.inv(level.to_level), level.centres)
+    points_ir = transform_points(level.predicted, found)
+    residuals = np.linalg.norm(points_ir - transform_points(transform, points_vis), axis=1)
+    return Alignment(transform, kind, points_vis, points_ir, vote, residuals, support, support_at_start)
+
+
+# --- images -----------------------------------------------------------------------------------
+
+
+def _shrink(image: Image, factor: float) -> Image:
+    if factor >= 1:
+        return image
+    blurred = cv2.GaussianBlur(image, (0, 0), 0.35 / factor)
+    width, height = (max(1, round(side * factor)) for side in (image.shape[1], image.shape[0]))
+    return cv2.resize(blurred, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def _resize(image: Image, small: Image) -> Matrix:
+    return resize_matrix(small.shape[1] / image.shape[1], small.shape[0] / image.shape[0])
+
+
+def _resample(
+    image: Image, transform: Matrix, size: tuple[int, int], *, edge: int
+) -> tuple[Image, NDArray[np.float32]]:
+    """An image (H, W) in another frame, and where that frame is covered by it (1) or not (0)."""
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    moved = cv2.warpPerspective(image, transform, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    inside = np.zeros(image.shape, np.float32)
+    inside[edge:-edge, edge:-edge] = 1
+    covered = cv2.warpPerspective(inside, transform, size, flags=flags) > 0.99
+    mask = cv2.erode(covered.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=0)
+    return moved, mask.astype(np.float32)
+
+
+def _without_edge(maps: NDArray[np.float32]) -> NDArray[np.float32]:
+    maps[:, :_EDGE] = maps[:, -_EDGE:] = 0
+    maps[:, :, :_EDGE] = maps[:, :, -_EDGE:] = 0
+    return maps
+
+
+def _grid(size: tuple[int, int], step: float, edge: int) -> NDArray[np.int64]:
+    """(P, 2) xy of a regular grid, row by row."""
+    axes = []
+    for side in size:
+        count = max(2, round((side - 2 * edge) / step) + 1)
+        axes.append(np.rint(np.linspace(edge, side - 1 - edge, count)).astype(np.int64))
+    x, y = np.meshgrid(*axes)
+    return np.stack([x.ravel(), y.ravel()], axis=1)
+
+
+def _same(a: Matrix, b: Matrix, shape: tuple[int, ...]) -> bool:
+    """Whether two transforms differ by less than a hundredth of the image's size at its corners."""
+    height, width = shape
+    corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float64)
+    apart = np.linalg.norm(transform_points(a, corners) - transform_points(b, corners), axis=1)
+    return bool(apart.mean() < 0.01 * max(shape))

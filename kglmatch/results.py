@@ -1,0 +1,198 @@
+"""What registration of whole images gives: `Registration`, `RegistrationCheck`, `BandRegistration`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kglmatch.errors import KGLMatchError
+from kglmatch.geometry import TransformKind
+
+Verdict = Literal["registered", "doubtful", "failed"]
+
+
+@dataclass(frozen=True, eq=False)
+class Registration:
+    """How the other sensor's image lies on the visible one, and how sure that is.
+
+    Attributes:
+        verdict: "registered", "doubtful" (look before you use it) or "failed".
+        confidence: in [0, 1]; "registered" starts at 0.5.
+        transform: (3, 3) float64 from visible to ir pixels, or None if the verdict is "failed".
+        kind: what kind of transform it is, or None.
+        keypoints_vis: (K, 2) float32 xy pixels of the visible image where agreement was looked for.
+        keypoints_ir: (K, 2) float32 xy pixels where it was found, near the predicted place.
+        scores: (K,) float32 in [0, 1], by the metric head on the patches there (0 where no whole
+            patch is covered).
+        residuals: (K,) float32, pixels of the ir image between found and predicted place.
+        inliers: (K,) bool, the places that support the transform.
+        support: mean vote of windows for transforms fitted without them, about 0 to 3.
+        agreement: mean share of other places that the network finds less alike than the right one;
+            0.5 is chance.
+        vis_size, ir_size: (width, height) in pixels.
+    """
+
+    verdict: Verdict
+    confidence: float
+    transform: NDArray[np.float64] | None
+    kind: TransformKind | None
+    keypoints_vis: NDArray[np.float32]
+    keypoints_ir: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    residuals: NDArray[np.float32]
+    inliers: NDArray[np.bool_]
+    support: float
+    agreement: float
+    vis_size: tuple[int, int]
+    ir_size: tuple[int, int]
+
+    @property
+    def residual(self) -> float:
+        """Median residual of the inliers in pixels; NaN without any."""
+        return float(np.median(self.residuals[self.inliers])) if self.inliers.any() else float("nan")
+
+    def warp(self, image: NDArray[Any], *, nodata: float = 0) -> NDArray[Any]:
+        """Lays an image of the other sensor onto the visible one.
+
+        Args:
+            image: (H, W) or (H, W, C) in the other sensor's frame; the type is kept.
+            nodata: value of pixels that it does not cover.
+
+        Returns:
+            the image in the visible frame, (height, width) of `vis_size`.
+
+        Raises:
+            KGLMatchError: the registration failed, or the image is of another size.
+        """
+        if self.transform is None:
+            raise KGLMatchError("the registration failed: there is no transform to warp by")
+        if (image.shape[1], image.shape[0]) != self.ir_size:
+            raise KGLMatchError(
+                f"the image is {image.shape[1]} x {image.shape[0]}, the registered one was "
+                f"{self.ir_size[0]} x {self.ir_size[1]}"
+            )
+        return warp_image(image, self.transform, self.vis_size, nodata=nodata)
+
+    def covered(self) -> NDArray[np.bool_]:
+        """(height, width) of the visible image: which of its pixels the other image covers."""
+        if self.transform is None:
+            return np.zeros(self.vis_size[::-1], bool)
+        full = np.full(self.ir_size[::-1], 255, np.uint8)
+        return warp_image(full, self.transform, self.vis_size, interpolation=cv2.INTER_LINEAR) == 255
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, without the single places; NaN becomes None."""
+        residual = self.residual
+        return {
+            "verdict": self.verdict,
+            "confidence": round(self.confidence, 4),
+            "kind": self.kind,
+            "transform": None if self.transform is None else self.transform.tolist(),
+            "places": len(self.keypoints_vis),
+            "inliers": int(self.inliers.sum()),
+            "residual": None if np.isnan(residual) else round(residual, 3),
+            "support": round(self.support, 4),
+            "agreement": round(self.agreement, 4),
+            "vis_size": list(self.vis_size),
+            "ir_size": list(self.ir_size),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class RegistrationCheck:
+    """How well two images that should lie on each other do, and where not.
+
+    Attributes:
+        verdict: "registered" if the content agrees at all (with whatever displacement), else
+            "doubtful" or "failed": then the numbers below say nothing.
+        points: (G, 2) float32 xy pixels of a grid over the visible image.
+        displacement: (G, 2) float32 visible pixels, where the ir content is found minus where it
+            should be, robustly smoothed over the neighbours.
+        certainty: (G,) float32 in [0, 1].
+        judged: (G,) bool, the points whose displacement is certain enough to count.
+        shift: (2,) float32 pixels, the median displacement.
+        median_error, p95_error: pixels, of the displacement's length over the judged points.
+        judged_share: share of the grid that could be judged.
+        image_size: (width, height) pixels.
+    """
+
+    verdict: Verdict
+    points: NDArray[np.float32]
+    displacement: NDArray[np.float32]
+    certainty: NDArray[np.float32]
+    judged: NDArray[np.bool_]
+    shift: NDArray[np.float32]
+    median_error: float
+    p95_error: float
+    judged_share: float
+    image_size: tuple[int, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers; NaN becomes None."""
+
+        def number(value: float) -> float | None:
+            return None if np.isnan(value) else round(float(value), 3)
+
+        return {
+            "verdict": self.verdict,
+            "shift": [number(float(x)) for x in self.shift],
+            "median_error": number(self.median_error),
+            "p95_error": number(self.p95_error),
+            "judged_share": round(self.judged_share, 3),
+            "image_size": list(self.image_size),
+            "points": self.points.tolist(),
+            "displacement": np.round(self.displacement.astype(float), 3).tolist(),
+            "certainty": np.round(self.certainty.astype(float), 3).tolist(),
+            "judged": self.judged.tolist(),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class BandRegistration:
+    """One band of a rig, registered to the reference.
+
+    Attributes:
+        name: of the band.
+        registration: from the reference to the band, composed where it went through another band.
+        via: name of that band, or None for a direct registration.
+    """
+
+    name: str
+    registration: Registration
+    via: str | None = None
+
+
+def warp_image(
+    image: NDArray[Any],
+    transform: NDArray[np.floating],
+    size: tuple[int, int],
+    *,
+    nodata: float = 0,
+    interpolation: int = cv2.INTER_CUBIC,
+) -> NDArray[Any]:
+    """Resamples an image into the frame that a transform starts from; the type is kept.
+
+    Args:
+        image: (H, W) or (H, W, C), 8- or 16-bit or float.
+        transform: (3, 3) from output to input pixels.
+        size: (width, height) of the output.
+        nodata: value where the image does not reach.
+    """
+    kind = image.dtype
+    # OpenCV resamples these types only; integers are rounded and clipped back.
+    direct = kind in (np.uint8, np.uint16, np.int16, np.float32, np.float64)
+    source = image if direct else image.astype(np.float64)
+    flags = interpolation | cv2.WARP_INVERSE_MAP
+    moved = cv2.warpPerspective(
+        source, transform, size, flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=[nodata] * 4
+    )
+    if direct:
+        return moved
+    if np.issubdtype(kind, np.integer):
+        limits = np.iinfo(kind)
+        moved = np.clip(np.rint(moved), limits.min, limits.max)
+    return moved.astype(kind)

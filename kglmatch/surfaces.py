@@ -1,0 +1,173 @@
+"""Fitting one transform to many correlation surfaces at once.
+
+Each window of an image has a surface that says how well it agrees with the other image at every
+displacement. A transform moves all windows; the best one lies high on as many surfaces as possible.
+Peaks are not picked first: a window that is unsure votes for everything that it allows, and an edge
+votes across itself only (the aperture problem).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kglmatch.geometry import TransformKind, small_transform, transform_jacobian, transform_points
+
+Surfaces = NDArray[np.float32]
+Matrix = NDArray[np.float64]
+
+# A window agrees with a transform where its surface is so many standard deviations above its mean;
+# the vote rises softly around it. Chance alone reaches it seldom.
+_AGREEMENT = 1.5
+_SOFTNESS = 0.4
+_FLAT = 0.02  # correlation; surfaces that vary less say nothing
+_MAX_CHANNELS = 64  # of an OpenCV image that is blurred
+
+
+def standardise(surfaces: Surfaces) -> Surfaces:
+    """(P, S, S) correlations -> standard deviations above each surface's mean."""
+    mean = surfaces.mean(axis=(1, 2), keepdims=True)
+    return (surfaces - mean) / (surfaces.std(axis=(1, 2), keepdims=True) + _FLAT)
+
+
+def smooth(surfaces: Surfaces, sigma: float) -> Surfaces:
+    """Each surface (P, S, S) blurred by a Gaussian of `sigma` pixels."""
+    layers = np.ascontiguousarray(surfaces.transpose(1, 2, 0))
+    for start in range(0, len(surfaces), _MAX_CHANNELS):
+        part = np.ascontiguousarray(layers[:, :, start : start + _MAX_CHANNELS])
+        blurred = cv2.GaussianBlur(part, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
+        layers[:, :, start : start + _MAX_CHANNELS] = blurred.reshape(part.shape)
+    return np.ascontiguousarray(layers.transpose(2, 0, 1))
+
+
+def expand(surfaces: Surfaces, at: Matrix) -> tuple[Matrix, Matrix, Matrix]:
+    """Second-order expansion of each surface at a displacement.
+
+    Args:
+        surfaces: (P, S, S); the middle is no displacement.
+        at: (P, 2) displacements in pixels; beyond the surface its edge is taken.
+
+    Returns:
+        values (P,), gradients (P, 2), Hessians (P, 2, 2).
+    """
+    side = surfaces.shape[1]
+    middle = side // 2
+    cell = np.clip(np.rint(at).astype(np.int64) + middle, 1, side - 2)
+    rows = np.arange(len(surfaces))
+
+    def value(dx: int, dy: int) -> Matrix:
+        return surfaces[rows, cell[:, 1] + dy, cell[:, 0] + dx].astype(np.float64)
+
+    centre = value(0, 0)
+    fx, fy = (value(1, 0) - value(-1, 0)) / 2, (value(0, 1) - value(0, -1)) / 2
+    fxx, fyy = value(1, 0) - 2 * centre + value(-1, 0), value(0, 1) - 2 * centre + value(0, -1)
+    fxy = (value(1, 1) - value(1, -1) - value(-1, 1) + value(-1, -1)) / 4
+    x, y = np.clip(at + middle - cell, -1, 1).T
+    values = centre + fx * x + fy * y + (fxx * x * x + fyy * y * y) / 2 + fxy * x * y
+    gradients = np.stack([fx + fxx * x + fxy * y, fy + fxy * x + fyy * y], axis=1)
+    hessians = np.stack([np.stack([fxx, fxy], 1), np.stack([fxy, fyy], 1)], axis=1)
+    return values, gradients, hessians
+
+
+def votes(surfaces: Surfaces, centres: Matrix, transform: Matrix) -> Matrix:
+    """How much each window (P,) speaks for a transform: near 0 for no, above 1 for clearly yes."""
+    values, _, _ = expand(surfaces, transform_points(transform, centres) - centres)
+    return _SOFTNESS * np.logaddexp(0, (values - _AGREEMENT) / _SOFTNESS)
+
+
+def peaks(surfaces: Surfaces) -> tuple[Matrix, Matrix]:
+    """Highest point of each surface, to a fraction of a pixel: displacements (P, 2), values (P,)."""
+    count, side, _ = surfaces.shape
+    y, x = np.divmod(surfaces.reshape(count, -1).argmax(axis=1), side)
+    at = np.stack([x, y], axis=1).astype(np.float64) - side // 2
+    values, gradients, hessians = expand(surfaces, at)
+    convex = (np.linalg.det(hessians) > 1e-6) & (hessians[:, 0, 0] < 0)
+    step = np.zeros_like(at)
+    step[convex] = -np.linalg.solve(hessians[convex], gradients[convex][:, :, None])[:, :, 0]
+    return at + np.clip(step, -0.7, 0.7), values
+
+
+def climb(
+    levels: Sequence[Surfaces], centres: Matrix, kind: TransformKind, start: Matrix, *, iterations: int = 8
+) -> Matrix:
+    """Moves a transform uphill until the windows' votes rise no more (Levenberg-Marquardt).
+
+    Args:
+        levels: standardised surfaces, (P, S, S) each, from strongly smoothed to hardly.
+        centres: (P, 2) xy pixels of the windows.
+        kind: which transforms are allowed.
+        start: (3, 3) from window centres to where they lie in the other image.
+
+    Returns:
+        (3, 3).
+    """
+    origin = centres.mean(axis=0)
+    unit = float(np.abs(centres - origin).max()) + 1e-6
+    to_unit = np.array([[1 / unit, 0, -origin[0] / unit], [0, 1 / unit, -origin[1] / unit], [0, 0, 1]])
+    from_unit = np.linalg.inv(to_unit)
+    reach = levels[0].shape[1] // 2 - 0.5
+    transform = start
+    for surfaces in levels:
+        best = votes(surfaces, centres, transform).sum()
+        damping = 1e-3
+        for _ in range(iterations):
+            moved = transform_points(transform, centres)
+            displacement = moved - centres
+            values, gradients, hessians = expand(surfaces, displacement)
+            weight = 1 / (1 + np.exp(-np.clip((values - _AGREEMENT) / _SOFTNESS, -30, 30)))
+            weight *= (np.abs(displacement) <= reach).all(axis=1)
+            # Curvature made positive: along an edge a window may slide, but not without end.
+            curvature, axes = np.linalg.eigh(-hessians)
+            largest = np.abs(curvature).max(axis=1, keepdims=True)
+            curvature = np.maximum(curvature, 1e-4 + 0.05 * largest)
+            information = np.einsum("pij,pj,pkj->pik", axes, curvature, axes)
+            jacobian = transform_jacobian(kind, (moved - origin) / unit) * unit
+            normal = np.einsum("p,pia,pij,pjb->ab", weight, jacobian, information, jacobian)
+            uphill = np.einsum("p,pia,pi->a", weight, jacobian, gradients)
+            scale = np.diag(np.diag(normal)) + np.eye(len(normal)) * (1e-6 + 1e-6 * np.trace(normal))
+            improved = None
+            for _ in range(5):
+                step = np.linalg.solve(normal + damping * scale, uphill)
+                candidate = from_unit @ small_transform(kind, step) @ to_unit @ transform
+                candidate = candidate / candidate[2, 2]
+                total = votes(surfaces, centres, candidate).sum()
+                if total > best:
+                    improved = candidate
+                    break
+                damping *= 10
+            if improved is None:
+                break
+            change = np.abs(transform_points(improved, centres) - moved).max()
+            transform, best, damping = improved, total, max(damping / 10, 1e-4)
+            if change < 0.02:
+                break
+    return transform
+
+
+def starting_points(surfaces: Surfaces, centres: Matrix, tolerance: float) -> list[Matrix]:
+    """Transforms worth climbing from: none, the common shift, and what RANSAC makes of the peaks.
+
+    Args:
+        surfaces: standardised, (P, S, S).
+        centres: (P, 2).
+        tolerance: pixels, of RANSAC.
+    """
+    middle = surfaces.shape[1] // 2
+    together = cv2.GaussianBlur(np.maximum(surfaces - 1, 0).mean(axis=0), (0, 0), 1.5)
+    y, x = np.unravel_index(int(together.argmax()), together.shape)
+    shift = np.eye(3)
+    shift[:2, 2] = x - middle, y - middle
+    found = [np.eye(3), shift]
+    displacement, values = peaks(surfaces)
+    clear = values > _AGREEMENT + 0.5
+    if clear.sum() >= 6:
+        a, b = centres[clear], (centres + displacement)[clear]
+        for estimate in (cv2.estimateAffine2D, cv2.estimateAffinePartial2D):
+            cv2.setRNGSeed(0)
+            affine, _ = estimate(a, b, method=cv2.RANSAC, ransacReprojThreshold=tolerance, maxIters=3000)
+            if affine is not None and np.isfinite(affine).all():
+                found.append(np.vstack([affine, [0, 0, 1]]))
+    return found
