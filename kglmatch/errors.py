@@ -37,3 +37,7 @@ class OutputError(KGLMatchError):
 
 class KeypointError(KGLMatchError):
     """Keypoints asked for in a way that no detector offers."""
+
+
+class ExportError(KGLMatchError):
+    """An exported graph that does not give the network's numbers."""

@@ -170,9 +170,12 @@ class PerModality(nn.Module):
             self.ir = make()
         self.is_shared = shared
 
+    def select(self, modality: str) -> nn.Module:
+        """The module that serves a modality."""
+        return self.shared if self.is_shared else self.vis if modality == "vis" else self.ir
+
     def forward(self, x: Tensor, modality: str) -> Tensor:
-        module = self.shared if self.is_shared else self.vis if modality == "vis" else self.ir
-        out: Tensor = module(x)
+        out: Tensor = self.select(modality)(x)
         return out
 
 
