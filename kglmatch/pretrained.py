@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
+ONNX_FOLDER = "onnx"
 DEFAULT_MODEL = "kglnet-vis-nir"
 
 # Lies beside the bundled models, in the form of `sha256sum`, so that a damaged installation is noticed.
@@ -107,6 +108,35 @@ def resolve(name: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
         repo_id,
         snapshot.commit,
     )
+
+
+def resolve_onnx(name: str | Path, **hub: Unpack[HubOptions]) -> Path:
+    """Finds a model's ONNX graphs, in the folder `onnx` beside its weights or in a folder of their own.
+
+    Args:
+        name, hub: as for `resolve`; or the folder that `kglmatch export --onnx` wrote.
+
+    Returns:
+        the folder that holds them.
+
+    Raises:
+        WeightsError: no such model, one without graphs, or what went wrong with the Hub.
+    """
+    from kglmatch.backends.onnx import CHECKSUMS_FILE as ONNX_CHECKSUMS
+    from kglmatch.backends.onnx import ENCODER_FILES, NEEDED_FILES
+
+    found = _find_local(name, hub.get("revision"))
+    if isinstance(found, ModelFiles):
+        folder = found.config.parent
+        for place in (folder, folder / ONNX_FOLDER):
+            if (place / ENCODER_FILES["vis"]).is_file():
+                return place
+        raise WeightsError(
+            f"{name} has no ONNX graphs in {folder / ONNX_FOLDER}: write some by `kglmatch export --onnx`"
+        )
+    repo_id, hub["revision"] = found
+    files = [f"{ONNX_FOLDER}/{file}" for file in (*NEEDED_FILES, ONNX_CHECKSUMS)]
+    return download(repo_id, files, **hub).folder / ONNX_FOLDER
 
 
 def _find_local(name: str | Path, revision: str | None) -> ModelFiles | tuple[str, str | None]:

@@ -90,7 +90,9 @@ class HubServer:
         self.closing = threading.Event()
         self._lock = threading.Lock()
         self._servers = [self._listen("hub"), self._listen("cdn")]
-        self.url, self.cdn = (f"http://127.0.0.1:{s.server_address[1]}" for s in self._servers)
+        ports = [server.server_address[1] for server in self._servers]
+        # Two host names, since a client may take another port for the same host.
+        self.url, self.cdn = f"http://127.0.0.1:{ports[0]}", f"http://localhost:{ports[1]}"
 
     def _listen(self, origin: str) -> ThreadingHTTPServer:
         handler = type("Handler", (_Handler,), {"hub": self, "origin": origin})

@@ -22,7 +22,7 @@ from huggingface_hub import constants
 
 from kglmatch import Matcher, hub
 from kglmatch.errors import KGLMatchError, OutputError, WeightsError
-from kglmatch.pretrained import DEFAULT_MODEL, load_model, resolve, weights_root
+from kglmatch.pretrained import DEFAULT_MODEL, load_model, resolve, resolve_onnx, weights_root
 
 REPO = "owner/name"
 WEIGHTS = "model.safetensors"
@@ -52,7 +52,7 @@ def server(files, monkeypatch, tmp_path) -> Iterator[HubServer]:
     """A Hub with one model, and a client that knows no token of this machine's user."""
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     with HubServer() as server:
@@ -427,6 +427,29 @@ def test_info_says_that_a_model_is_from_the_hub(server, tmp_path, real_files):
     variables = environment(HF_HOME=str(tmp_path), HF_ENDPOINT=server.url)
     done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["source"] == "hub"
+
+
+# --- ONNX graphs ------------------------------------------------------------------------------
+
+
+def test_onnx_graphs(server, options, files, tmp_path):
+    onnx = pytest.importorskip("kglmatch.backends.onnx", reason="onnxruntime is not installed")
+    graphs = {f"onnx/{name}": name.encode() for name in (*onnx.NEEDED_FILES, onnx.CHECKSUMS_FILE)}
+    server.add("owner/graphs", {**files, **graphs})
+    folder = resolve_onnx("owner/graphs", **options)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        name.removeprefix("onnx/"): content for name, content in graphs.items()
+    }
+    assert not server.asked(part=WEIGHTS)
+    server.requests.clear()
+    commit = head(server, "owner/graphs")
+    assert resolve_onnx("owner/graphs", **options | {"revision": commit}) == folder
+    assert server.requests == []
+    with pytest.raises(WeightsError, match=r"owner/name has no onnx/config\.json"):
+        resolve_onnx(REPO, **options)
+    assert resolve_onnx(folder) == resolve_onnx(folder.parent) == folder
+    with pytest.raises(WeightsError, match="kglmatch export --onnx"):
+        resolve_onnx(DEFAULT_MODEL)
 
 
 # --- uploads ----------------------------------------------------------------------------------
