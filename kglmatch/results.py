@@ -183,9 +183,9 @@ def warp_image(
         nodata: value where the image does not reach.
     """
     kind = image.dtype
-    # OpenCV resamples these types only; integers are rounded and clipped back.
-    direct = kind in (np.uint8, np.uint16, np.int16, np.float32, np.float64)
-    source = image if direct else image.astype(np.float64)
+    # OpenCV resamples these types only (and cuts off what a float64 has behind its point).
+    direct = kind in (np.uint8, np.uint16, np.int16, np.float32)
+    source = image if direct else image.astype(np.float32)
     flags = interpolation | cv2.WARP_INVERSE_MAP
     moved = cv2.warpPerspective(
         source, transform, size, flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=[nodata] * 4

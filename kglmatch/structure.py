@@ -40,7 +40,7 @@ def structure_maps(image: NDArray[np.float32], channels: int = CHANNELS) -> Maps
     # What is alike in all directions says nothing about direction.
     maps -= maps.mean(axis=0, keepdims=True)
     norm = np.sqrt(np.square(maps).sum(axis=0))
-    floor = 0.5 * np.median(norm) + 1e-6
+    floor = 0.5 * np.median(norm) + 1e-4  # of Scharr's gain of 32: far below a grey level of 8 bits
     return maps / np.sqrt(np.square(norm) + floor**2)
 
 
@@ -66,26 +66,28 @@ def correlate_windows(
     b = np.pad(b, ((0, 0), (margin, margin), (margin, margin)))
     hann = np.hanning(size + 2)[1:-1].astype(np.float32)
     taper = hann[:, None] * hann
-    taper_spectrum = np.conj(np.fft.rfft2(np.square(taper), s=(n, n)))
+    taper_spectrum = np.conj(np.fft.rfft2(taper, s=(n, n)))
     side = 2 * radius + 1
+    full = taper.sum() * 0.1  # a tenth of the pixels hold structure
     surfaces = np.empty((len(centres), side, side), np.float32)
     for start in range(0, len(centres), _CHUNK):
         part = centres[start : start + _CHUNK]
         templates = np.zeros((len(part), len(a), n, n), np.float32)
         searched = np.zeros_like(templates)
+        energies = np.empty((len(part), 1, 1), np.float32)
         for i, (x, y) in enumerate(part):
             top, left = y + margin - size // 2, x + margin - size // 2
-            templates[i, :, :size, :size] = a[:, top : top + size, left : left + size] * taper
+            window = a[:, top : top + size, left : left + size] * taper
+            templates[i, :, :size, :size] = window
+            energies[i] = (window * a[:, top : top + size, left : left + size]).sum()
             top, left = top - radius, left - radius
             searched[i, :, :reach, :reach] = b[:, top : top + reach, left : left + reach]
         product = (np.conj(np.fft.rfft2(templates)) * np.fft.rfft2(searched)).sum(axis=1)
         numerator = np.fft.irfft2(product, s=(n, n))[:, :side, :side]
-        energy = np.square(templates).sum(axis=(1, 2, 3))[:, None, None]
         # The taper weighs the other image too, so that both norms are of the same pixels.
         there = np.fft.irfft2(taper_spectrum * np.fft.rfft2(np.square(searched).sum(axis=1)), s=(n, n))
         there = np.maximum(there[:, :side, :side], 0)
-        full = np.square(taper).sum() * 0.1  # a tenth of the pixels hold structure
-        surfaces[start : start + _CHUNK] = numerator / np.sqrt((energy + full) * (there + full))
+        surfaces[start : start + _CHUNK] = numerator / np.sqrt((energies + full) * (there + full))
     return surfaces
 
 
