@@ -187,9 +187,11 @@ def warp_image(
     direct = kind in (np.uint8, np.uint16, np.int16, np.float32)
     source = image if direct else image.astype(np.float32)
     flags = interpolation | cv2.WARP_INVERSE_MAP
-    moved = cv2.warpPerspective(
-        source, transform, size, flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=[nodata] * 4
-    )
+    moved = cv2.warpPerspective(source, transform, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    # Not by OpenCV's border value, which is mixed into the pixels beside it.
+    inside = np.full(image.shape[:2], 255, np.uint8)
+    covered = cv2.warpPerspective(inside, transform, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    moved[covered < 255] = nodata
     if direct:
         return moved
     if np.issubdtype(kind, np.integer):
