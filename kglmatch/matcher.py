@@ -114,7 +114,12 @@ class Matcher:
         return cls(backend, files)
 
     def save_pretrained(
-        self, folder: str | Path, *, card: ModelCard | str | None = None, half: bool = True
+        self,
+        folder: str | Path,
+        *,
+        card: ModelCard | str | None = None,
+        half: bool = True,
+        onnx: str | Path | None = None,
     ) -> None:
         """Writes `config.json`, `model.safetensors` and the model card `README.md`.
 
@@ -123,13 +128,14 @@ class Matcher:
             card: the model card, or its text; None keeps the one that came with the weights, or
                 writes a short one.
             half: store float16, which halves the file and costs about 1e-3 of a weight's size.
+            onnx: a folder that `kglmatch export --onnx` wrote, to copy along as `onnx/`.
 
         Raises:
             KGLMatchError: the matcher holds no weights (ONNX), or in a precision below the one asked
-                for.
+                for; no graphs in `onnx`.
             OutputError: the folder cannot be written.
         """
-        self._save(folder, str(folder), card, half)
+        self._save(folder, str(folder), card, half, onnx)
 
     def push_to_hub(
         self,
@@ -137,6 +143,7 @@ class Matcher:
         *,
         card: ModelCard | str | None = None,
         half: bool = True,
+        onnx: str | Path | None = None,
         message: str = "Upload KGL-Net weights",
         private: bool | None = None,
         revision: str | None = None,
@@ -147,7 +154,7 @@ class Matcher:
 
         Args:
             repo_id: "owner/name"; made if missing.
-            card, half: as for `save_pretrained`.
+            card, half, onnx: as for `save_pretrained`.
             message, private, revision, token, endpoint: see `kglmatch.hub.upload`.
 
         Returns:
@@ -160,7 +167,7 @@ class Matcher:
         from kglmatch.hub import upload
 
         with tempfile.TemporaryDirectory() as folder:
-            self._save(folder, repo_id, card, half)
+            self._save(folder, repo_id, card, half, onnx)
             return upload(
                 repo_id,
                 Path(folder),
@@ -171,8 +178,15 @@ class Matcher:
                 endpoint=endpoint,
             )
 
-    def _save(self, folder: str | Path, load: str, card: ModelCard | str | None, half: bool) -> None:
-        from kglmatch.pretrained import save_card, save_model
+    def _save(
+        self,
+        folder: str | Path,
+        load: str,
+        card: ModelCard | str | None,
+        half: bool,
+        onnx: str | Path | None,
+    ) -> None:
+        from kglmatch.pretrained import copy_onnx, save_card, save_model
 
         # By name: an ONNX matcher must not import torch.
         if self.backend.name != "torch":
@@ -186,6 +200,8 @@ class Matcher:
         net: Any = getattr(self.backend, "net")  # noqa: B009
         save_model(folder, net.state_dict(), self.config, half=half)
         save_card(folder, self.config, card, load=load, source=self.source)
+        if onnx is not None:
+            copy_onnx(onnx, folder)
 
     @property
     def config(self) -> KGLNetConfig:

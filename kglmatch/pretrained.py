@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -341,3 +342,17 @@ def save_card(
     text = card if isinstance(card, str) else card.render(config)
     with atomic_output(Path(folder) / CARD_FILE) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def copy_onnx(graphs: str | Path, folder: str | Path) -> None:
+    """Copies exported graphs into a model folder, to its folder `onnx`.
+
+    Raises:
+        WeightsError: no graphs there.
+        OutputError: the folder cannot be written.
+    """
+    source = resolve_onnx(Path(graphs).resolve())
+    target = make_folder(Path(folder) / ONNX_FOLDER)
+    for file in sorted(path for path in source.iterdir() if path.is_file()):
+        with atomic_output(target / file.name) as temporary:
+            shutil.copyfile(file, temporary)

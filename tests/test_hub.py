@@ -482,6 +482,20 @@ def test_push_to_a_branch_keeps_other_files(server, matcher, files):
         matcher.push_to_hub(REPO, token=TOKEN, endpoint=server.url, revision="nowhere")
 
 
+def test_push_with_onnx_graphs(server, matcher, options, tmp_path):
+    onnx = pytest.importorskip("kglmatch.backends.onnx", reason="onnxruntime is not installed")
+    with pytest.raises(WeightsError, match="unknown model"):
+        matcher.push_to_hub("owner/new", token=TOKEN, endpoint=server.url, onnx=tmp_path / "nowhere")
+    graphs = {name: name.encode() for name in (*onnx.NEEDED_FILES, onnx.CHECKSUMS_FILE)}
+    (tmp_path / "graphs").mkdir()
+    for name, content in graphs.items():
+        (tmp_path / "graphs" / name).write_bytes(content)
+    matcher.push_to_hub("owner/new", token=TOKEN, endpoint=server.url, onnx=tmp_path / "graphs")
+    found = resolve_onnx("owner/new", **options)
+    assert {path.name: path.read_bytes() for path in found.iterdir()} == graphs
+    assert resolve("owner/new", **options).weights.is_file()
+
+
 def test_push_of_a_private_model(server, matcher):
     matcher.push_to_hub("owner/secret", token=TOKEN, endpoint=server.url, private=True)
     assert server.repos["owner/secret"].private
