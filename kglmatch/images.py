@@ -207,25 +207,14 @@ def save_image(path: str | os.PathLike[str], array: np.ndarray) -> None:
         OutputError: an unknown extension, or a file that cannot be written.
     """
     name = os.fspath(path)
-    extension = check_image_name(name)
     pixels = np.asarray(array)
-    _check_array(pixels, f"the image for {name}")
+    check_image_fits(name, pixels)
+    extension = check_image_name(name)
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     if pixels.dtype == np.bool_:
         pixels = pixels.astype(np.uint8) * 255
-    types, channel_counts = _FORMATS[extension]
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
-    if pixels.dtype.name not in types:
-        raise ImageError(
-            f"cannot write {name}: {extension} holds {' or '.join(types)}, got {pixels.dtype}; "
-            "convert it (a float image in [0, 1] times 255 to uint8), or choose .tif"
-        )
-    if channels not in channel_counts:
-        raise ImageError(
-            f"cannot write {name}: {extension} holds {' or '.join(map(str, channel_counts))} channels, "
-            f"got {channels}"
-        )
     if channels > 1:
         pixels = pixels[..., [2, 1, 0, 3][:channels]]
     # 8: deflate, smaller than OpenCV's default and read everywhere.
@@ -239,6 +228,31 @@ def save_image(path: str | os.PathLike[str], array: np.ndarray) -> None:
         raise OutputError(f"cannot write {name}: OpenCV cannot encode {pixels.shape} {pixels.dtype}")
     with atomic_output(name) as temporary:
         temporary.write_bytes(encoded.tobytes())
+
+
+def check_image_fits(path: str | os.PathLike[str], array: np.ndarray) -> None:
+    """Raises where `save_image` would for the array's type and channels; writes nothing.
+
+    Raises:
+        ImageError: an array that is not an image, or that the format cannot hold as it is.
+        OutputError: an unknown extension.
+    """
+    name = os.fspath(path)
+    extension = check_image_name(name)
+    _check_array(array, f"the image for {name}")
+    types, channel_counts = _FORMATS[extension]
+    dtype = "uint8" if array.dtype == np.bool_ else array.dtype.name
+    if dtype not in types:
+        raise ImageError(
+            f"cannot write {name}: {extension} holds {' or '.join(types)}, got {dtype}; "
+            "convert it (a float image in [0, 1] times 255 to uint8), or choose .tif"
+        )
+    channels = 1 if array.ndim == 2 else array.shape[2]
+    if channels not in channel_counts:
+        raise ImageError(
+            f"cannot write {name}: {extension} holds {' or '.join(map(str, channel_counts))} channels, "
+            f"got {channels}"
+        )
 
 
 def check_image_name(path: str | os.PathLike[str]) -> str:
