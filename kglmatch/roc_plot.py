@@ -35,12 +35,14 @@ def draw_roc(report: PatchReport) -> NDArray[np.uint8]:
     """
     image = Image.new("RGB", (_WIDTH * _OVERSAMPLING, _HEIGHT * _OVERSAMPLING), _PAPER)
     canvas = _Canvas(image)
-    _draw_axes(canvas, report)
+    # The axis begins below the lowest curve, at a multiple of 20 %.
+    lowest = min(0.8, math.floor(5 * min(figures.roc[0] for figures in report.mean)) / 5)
+    _draw_axes(canvas, report, lowest)
     # The model's own curves last, on top.
     order = sorted(range(len(report.mean)), key=lambda i: (report.mean[i].method in _OURS, -i))
     for i in order:
         figures = report.mean[i]
-        points = [(_x(f), _y(t)) for f, t in zip(ROC_GRID, figures.roc, strict=True)]
+        points = [(_x(f), _y(t, lowest)) for f, t in zip(ROC_GRID, figures.roc, strict=True)]
         canvas.line(points, _COLOURS[i % len(_COLOURS)], 2.6 if figures.method in _OURS else 1.7)
     _draw_legend(canvas, report.mean)
     return np.asarray(image.resize((_WIDTH, _HEIGHT), Image.Resampling.LANCZOS))
@@ -90,23 +92,23 @@ def _x(false_positive_rate: float) -> float:
     return _LEFT + (_RIGHT - _LEFT) * (1 + math.log10(false_positive_rate) / 4)
 
 
-def _y(true_positive_rate: float) -> float:
-    return _BOTTOM - (_BOTTOM - _TOP) * true_positive_rate
+def _y(true_positive_rate: float, lowest: float) -> float:
+    return _TOP + (_BOTTOM - _TOP) * (1 - true_positive_rate) / (1 - lowest)
 
 
-def _draw_axes(canvas: _Canvas, report: PatchReport) -> None:
+def _draw_axes(canvas: _Canvas, report: PatchReport, lowest: float) -> None:
     for decade, label in _DECADES:
         for step in range(2, 10):
             if decade < 1:
                 canvas.line([(_x(decade * step), _TOP), (_x(decade * step), _BOTTOM)], "#f3f4f6", 1)
         canvas.line([(_x(decade), _TOP), (_x(decade), _BOTTOM)], _GRID, 1)
         canvas.text(_x(decade), _BOTTOM + 9, label, _SMALL, _GREY, "ma")
-    for percent in range(0, 101, 20):
-        y = _y(percent / 100)
+    for percent in range(round(100 * lowest), 101, 20 if lowest < 0.6 else 10):
+        y = _y(percent / 100, lowest)
         canvas.line([(_LEFT, y), (_RIGHT, y)], _GRID, 1)
         canvas.text(_LEFT - 10, y, f"{percent} %", _SMALL, _GREY, "rm")
-    canvas.dashes(_LEFT, _RIGHT, _y(0.95), _GREY)
-    canvas.text(_LEFT + 8, _y(0.95) + 5, "95 % recall", _SMALL, _GREY)
+    canvas.dashes(_LEFT, _RIGHT, _y(0.95, lowest), _GREY)
+    canvas.text(_LEFT - 10, _y(0.95, lowest), "95 %", _SMALL, _GREY, "rm")
     canvas.line([(_LEFT, _TOP), (_LEFT, _BOTTOM), (_RIGHT, _BOTTOM)], _GREY, 1.2)
     names = [subset.name for subset in report.subsets]
     where = names[0] if len(names) == 1 else f"mean of {len(names)} subsets"

@@ -159,7 +159,7 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
 
 
 def test_the_picture_shows_every_curve_where_it_belongs(tmp_path: Path) -> None:
-    levels = {"descriptor": 0.9, "metric": 0.7, "sift": 0.5, "ncc": 0.3}
+    levels = {"descriptor": 0.875, "metric": 0.75, "sift": 0.5, "ncc": 0.125}
     figures = tuple(MethodFigures(m, 1.0, 0.9, 0.9, np.full(401, t)) for m, t in levels.items())
     report = PatchReport((SubsetReport("x", 10, 10, figures),), figures, None, 0, 1.0)
     picture = draw_roc(report)
