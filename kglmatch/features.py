@@ -84,7 +84,10 @@ class Features:
 
     def save(self, path: str | Path) -> None:
         """Writes an `.npz` that `Features.load` reads. Raises `OutputError` where it cannot."""
-        arrays = {"descriptors": to_numpy(self.descriptors), "modality": np.array(self.modality)}
+        arrays: dict[str, Any] = {
+            "descriptors": to_numpy(self.descriptors),
+            "modality": np.array(self.modality),
+        }
         if self.maps is not None:
             arrays["maps"] = to_numpy(self.maps)
         if self.keypoints is not None:
@@ -141,7 +144,8 @@ class Matches:
         """Some of the matches: a slice, a boolean mask (K,) or an array of indices."""
         rows = _check_rows(rows, len(self))
         per_row = ("indices", "scores", "distances", "keypoints_vis", "keypoints_ir", "inliers")
-        return dataclasses.replace(self, **{name: _take(getattr(self, name), rows) for name in per_row})
+        taken: dict[str, Any] = {name: _take(getattr(self, name), rows) for name in per_row}
+        return dataclasses.replace(self, **taken)
 
     def filter(self, min_score: float) -> Matches:
         """The matches whose score is at least `min_score`."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kglmatch.config import KGLNetConfig
 from kglmatch.errors import ImageError, KGLMatchError, PatchError
 from kglmatch.features import Array, Features, Matches, Modality, check_modality, to_numpy
+from kglmatch.fusion import fuse
 from kglmatch.geometry import estimate_homography
 from kglmatch.images import load_image
 from kglmatch.keypoints import detect_keypoints
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from kglmatch.pretrained import ModelFiles
     from kglmatch.results import BandRegistration, Registration, RegistrationCheck
 
-DECISIONS = ("metric", "descriptor")
+DECISIONS = ("fused", "metric", "descriptor")
 DEFAULT_TOP_K = 3
 DEFAULT_MAX_KEYPOINTS = 2048
 DEFAULT_MIN_SCORE = 0.5
@@ -285,7 +286,7 @@ class Matcher:
         one_to_one: bool = True,
         min_score: float = DEFAULT_MIN_SCORE,
         max_displacement: float | None = None,
-        decide: str = "metric",
+        decide: str | None = None,
     ) -> Matches:
         """Matches two patch sets: a shortlist by descriptor, the decision by the metric head.
 
@@ -298,8 +299,10 @@ class Matcher:
             min_score: matches below are dropped, in [0, 1].
             max_displacement: pixels; for registered or nearly registered images, only pairs whose
                 keypoints are so near are candidates. Needs keypoints.
-            decide: "metric", or "descriptor" to rank by the descriptors alone (no maps needed; the
-                score is then ``1 - distance / 2``).
+            decide: "fused", by both answers together (`kglmatch.fusion`, at no extra cost); "metric",
+                by the metric head; or "descriptor", by the descriptors alone (no maps needed; the
+                score is then ``1 - distance / 2``). None takes "fused" where the model carries a
+                fusion, else "metric".
 
         Returns:
             `Matches`, best first; empty if nothing matches.
@@ -307,8 +310,9 @@ class Matcher:
         Raises:
             KGLMatchError: a parameter out of range, or features that lack what it needs.
         """
-        check_match_parameters(top_k, min_score, max_displacement, decide)
-        maps = decide == "metric"
+        decide = self._decision(decide)
+        check_match_parameters(top_k, min_score, max_displacement)
+        maps = decide != "descriptor"
         features_vis, features_ir = self._features(vis, "vis", maps), self._features(ir, "ir", maps)
         if maps:
             _maps(features_vis), _maps(features_ir)  # a clear error before the work
@@ -386,7 +390,7 @@ class Matcher:
         one_to_one: bool = True,
         min_score: float = DEFAULT_MIN_SCORE,
         max_displacement: float | None = None,
-        decide: str = "metric",
+        decide: str | None = None,
         threshold: float = 3.0,
     ) -> Matches:
         """Matches two images and estimates the homography between them.
@@ -404,14 +408,16 @@ class Matcher:
         Raises:
             ImageError, KGLMatchError: as for `extract` and `match`.
         """
-        check_match_parameters(top_k, min_score, max_displacement, decide)
-        maps = decide == "metric"
-        features_vis, features_ir = (
-            image
-            if isinstance(image, Features)
-            else self.extract(image, modality, detector=detector, max_keypoints=max_keypoints, maps=maps)
-            for image, modality in ((vis, "vis"), (ir, "ir"))
-        )
+        decide = self._decision(decide)
+        check_match_parameters(top_k, min_score, max_displacement)
+        maps = decide != "descriptor"
+
+        def features(image: Any, modality: Modality) -> Features:
+            if isinstance(image, Features):
+                return image
+            return self.extract(image, modality, detector=detector, max_keypoints=max_keypoints, maps=maps)
+
+        features_vis, features_ir = features(vis, "vis"), features(ir, "ir")
         if features_vis.keypoints is None or features_ir.keypoints is None:
             raise KGLMatchError("match_images needs features with keypoints on both sides")
         matches = self.match(
@@ -425,7 +431,9 @@ class Matcher:
             decide=decide,
         )
         homography, inliers = estimate_homography(
-            matches.keypoints_vis, matches.keypoints_ir, threshold=threshold
+            features_vis.keypoints[matches.indices[:, 0]],
+            features_ir.keypoints[matches.indices[:, 1]],
+            threshold=threshold,
         )
         return dataclasses.replace(matches, homography=homography, inliers=inliers)
 
@@ -576,6 +584,17 @@ class Matcher:
             rows_vis, rows_ir, cosine = rows_vis[keep], rows_ir[keep], cosine[keep]
         return rows_vis, rows_ir, cosine
 
+    def _decision(self, decide: str | None) -> str:
+        """What decides, with the model's default filled in."""
+        fusion = self.config.inference.get("fusion")
+        if decide is None:
+            return "metric" if fusion is None else "fused"
+        if decide not in DECISIONS:
+            raise KGLMatchError(f"decide must be one of {DECISIONS}, got {decide!r}")
+        if decide == "fused" and fusion is None:
+            raise KGLMatchError('this model carries no fusion: decide by "metric" or "descriptor"')
+        return decide
+
     def _decide(
         self,
         vis: Features,
@@ -587,6 +606,10 @@ class Matcher:
     ) -> NDArray[np.float32]:
         if decide == "descriptor":
             return 1 - distances / 2
+        if decide == "fused":
+            scores = self.backend.score(_maps(vis), _maps(ir), rows_vis, rows_ir)
+            fused = fuse(distances, scores, self.config.inference["fusion"])
+            return np.asarray(fused, dtype=np.float32)
         return self.backend.score(_maps(vis), _maps(ir), rows_vis, rows_ir)
 
     def _every_pair(self, vis: Features, ir: Features, decide: str) -> Candidates:
@@ -621,9 +644,7 @@ def check_image_size(image: NDArray[Any], patch_size: int, name: str) -> None:
         )
 
 
-def check_match_parameters(
-    top_k: int | None, min_score: float, max_displacement: float | None, decide: str
-) -> None:
+def check_match_parameters(top_k: int | None, min_score: float, max_displacement: float | None) -> None:
     """Raises `KGLMatchError` for a parameter of `match` that is out of range."""
     if top_k is not None and top_k < 1:
         raise KGLMatchError(f"top_k must be at least 1, or None for every pair, got {top_k}")
@@ -631,8 +652,6 @@ def check_match_parameters(
         raise KGLMatchError(f"min_score must be in [0, 1], got {min_score}")
     if max_displacement is not None and not max_displacement >= 0:
         raise KGLMatchError(f"max_displacement must be 0 pixels or more, got {max_displacement}")
-    if decide not in DECISIONS:
-        raise KGLMatchError(f"decide must be one of {DECISIONS}, got {decide!r}")
 
 
 def _maps(features: Features) -> Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import cv2
 import numpy as np
@@ -41,6 +42,7 @@ _COVERED = 0.7  # of a window
 _MIN_WINDOWS = 8
 # A transform with more parameters must win so much more of the held-out votes.
 _KIND_GAIN = 1.01
+_CANDIDATES: tuple[TransformKind, ...] = ("similarity", "affine", "homography")
 _CLEAR_PEAK = 2.6  # standard deviations above a surface's mean
 
 
@@ -118,13 +120,15 @@ def align(
         KGLMatchError: a parameter out of range.
     """
     check_limits(kind, max_displacement, max_rotation, max_scale)
+    if kind == "translation":
+        max_rotation, max_scale = 0.0, 1.0
     starts = _coarse(vis, ir, max_displacement, max_rotation, max_scale)
     refined: list[tuple[float, Matrix]] = []
     for start in starts:
         level = make_level(vis, ir, start, _FIRST_SIDE, radius=10, across=9)
         if level is None:
             continue
-        correction, vote = _fit(level, ("similarity", "affine"), (2.0, 1.0))
+        correction, vote = _fit(level, _steps_to(kind), (2.0, 1.0))
         refined.append((vote, level.full(correction)))
     refined.sort(key=lambda item: -item[0])
     alternatives: list[Alignment] = []
@@ -169,9 +173,7 @@ def refine(
     levels: list[Level] = []
     support_at_start = 0.0
     sides = _pyramid(max(vis.shape))
-    kinds: tuple[TransformKind, ...] = ("similarity", "affine")
-    if kind in ("translation", "similarity"):
-        kinds = (kind,)  # type: ignore[assignment]
+    kinds = _steps_to(kind)
     for depth, side in enumerate(sides):
         radius, across = (first_radius, 9) if depth == 0 else (8, 12) if depth == 1 else (6, 14)
         level = make_level(vis, ir, transform, side, radius=radius, across=across)
@@ -390,20 +392,28 @@ def _fit(level: Level, kinds: Sequence[TransformKind], sigmas: Sequence[float]) 
     return best, best_vote
 
 
+def _steps_to(kind: str) -> tuple[TransformKind, ...]:
+    """Kinds that are fitted one after the other on the way to the one that was asked for."""
+    if kind in ("translation", "similarity"):
+        return (cast(TransformKind, kind),)
+    return "similarity", "affine"
+
+
 def _choose_kind(level: Level, kind: str, correction: Matrix) -> tuple[TransformKind, Matrix]:
     """The kind that was asked for, or the simplest that no other clearly beats on held-out windows."""
     blurred = [smooth(level.surfaces, 0.5)]
     if kind != "auto":
-        return kind, climb(blurred, level.centres, kind, correction)  # type: ignore[arg-type,return-value]
+        asked = cast(TransformKind, kind)
+        return asked, climb(blurred, level.centres, asked, correction)
     chosen: TransformKind = "similarity"
     best = -1.0
-    candidates: dict[str, Matrix] = {}
-    for candidate in ("similarity", "affine", "homography"):
+    candidates: dict[TransformKind, Matrix] = {}
+    for candidate in _CANDIDATES:
         start = correction if candidate != "similarity" else _nearest_similarity(level, correction)
-        candidates[candidate] = climb(blurred, level.centres, candidate, start)  # type: ignore[arg-type]
-        vote = _held_out(level, candidate, candidates[candidate])  # type: ignore[arg-type]
+        candidates[candidate] = climb(blurred, level.centres, candidate, start)
+        vote = _held_out(level, candidate, candidates[candidate])
         if vote > best * _KIND_GAIN:
-            chosen, best = candidate, vote  # type: ignore[assignment]
+            chosen, best = candidate, vote
     return chosen, candidates[chosen]
 
 

@@ -110,10 +110,10 @@ class GlobalCorrelator:
         self._mask = self._spectrum(mask)
         self._energy = self._spectrum(np.square(maps).sum(axis=0))
 
-    def _spectrum(self, x: NDArray[np.float32]) -> NDArray[np.complex64]:
+    def _spectrum(self, x: NDArray[np.float32]) -> NDArray[np.complexfloating]:
         return np.conj(np.fft.rfft2(x, s=self._size)).astype(np.complex64)
 
-    def _correlation(self, product: NDArray[np.complex64]) -> NDArray[np.float32]:
+    def _correlation(self, product: NDArray[np.complexfloating]) -> NDArray[np.float32]:
         return np.fft.irfft2(product, s=self._size).astype(np.float32)
 
     def best_shift(

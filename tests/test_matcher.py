@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -209,6 +210,30 @@ def test_models_and_devices_that_are_not_there():
         Matcher.from_pretrained("kglnet-vis-nir", device="cpu", dtype="int8")
     with pytest.raises(KGLMatchError, match="batch_size"):
         Matcher.from_pretrained("kglnet-vis-nir", device="cpu", batch_size=0)
+
+
+def test_a_model_without_fusion_cannot_decide_by_one(matcher, features):
+    backend = copy.copy(matcher.backend)
+    backend.config = dataclasses.replace(matcher.config, inference={})
+    with pytest.raises(KGLMatchError, match="carries no fusion"):
+        Matcher(backend).match(*features, decide="fused")
+
+
+def test_a_fusion_decides_where_the_model_carries_one(matcher, features):
+    fusion = {"distance": -6.0, "logit": 0.5, "bias": 5.0}
+    config = dataclasses.replace(matcher.config, inference={"fusion": fusion})
+    backend = copy.copy(matcher.backend)
+    backend.config = config
+    fused = Matcher(backend).match(*features, min_score=0)
+    metric = matcher.match(*features, min_score=0, top_k=None, decide="metric")
+    assert len(fused) == len(metric) == 10
+    scores = np.clip(metric.scores, 1e-7, 1 - 1e-7)
+    logits = np.log(scores / (1 - scores))
+    expected = 1 / (1 + np.exp(6.0 * metric.distances - 0.5 * logits - 5.0))
+    by_pair = dict(zip(map(tuple, metric.indices.tolist()), expected, strict=True))
+    for pair, score in zip(map(tuple, fused.indices.tolist()), fused.scores, strict=True):
+        if pair in by_pair:
+            assert abs(by_pair[pair] - score) < 1e-3
 
 
 def test_network_inputs_do_not_depend_on_brightness(matcher, patches):

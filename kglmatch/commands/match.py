@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # As in `kglmatch.keypoints` and `kglmatch.matcher`, which are too heavy to import for --help.
 DETECTORS = ("sift", "fast", "orb", "gftt", "grid")
-DECISIONS = ("metric", "descriptor")
+DECISIONS = ("fused", "metric", "descriptor")
 MAX_KEYPOINTS = 2048
 TOP_K = 3
 MIN_SCORE = 0.5
@@ -94,9 +94,8 @@ def add_parser(subparsers: Any) -> None:
     how.add_argument(
         "--decide",
         choices=DECISIONS,
-        default=DECISIONS[0],
-        help="what ranks the candidates: the metric head, or the descriptors alone, which is faster "
-        "(default: %(default)s)",
+        help="what ranks the candidates: both answers, the metric head, or the descriptors alone, which is "
+        "faster (default: fused if the model carries a fusion, else metric)",
     )
     add_model_options(parser)
 
@@ -125,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     how = {
         "detector": args.detector,
         "max_keypoints": args.max_keypoints,
-        "maps": args.decide == "metric",
+        "maps": args.decide != "descriptor",
     }
     vis, ir = matcher.extract(vis_image, "vis", **how), matcher.extract(ir_image, "ir", **how)
     matches = matcher.match_images(
