@@ -605,7 +605,7 @@ class Matcher:
         decide: str,
     ) -> NDArray[np.float32]:
         if decide == "descriptor":
-            return 1 - distances / 2
+            return np.asarray(1 - distances / 2, dtype=np.float32)
         if decide == "fused":
             scores = self.backend.score(_maps(vis), _maps(ir), rows_vis, rows_ir)
             fused = fuse(distances, scores, self.config.inference["fusion"])
