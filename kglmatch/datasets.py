@@ -91,19 +91,21 @@ class ScenePairs:
         scenes: the images.
         points: (N, 2) int64 xy pixels.
         scene_index: (N,) int64, which scene a point belongs to.
+        patch_size: P, side of the patches around the points, pixels.
     """
 
     scenes: tuple[Scene, ...]
     points: NDArray[np.int64]
     scene_index: NDArray[np.int64]
+    patch_size: int = PATCH_SIZE
 
     def __len__(self) -> int:
         return len(self.points)
 
     def patches(self, rows: NDArray[np.int64], modality: str) -> NDArray[np.uint8]:
-        """Patches (len(rows), 64, 64) uint8 around the points of these rows, in one modality."""
-        half = PATCH_SIZE // 2
-        out = np.empty((len(rows), PATCH_SIZE, PATCH_SIZE), np.uint8)
+        """Patches (len(rows), P, P) uint8 around the points of these rows, in one modality."""
+        half = self.patch_size // 2
+        out = np.empty((len(rows), self.patch_size, self.patch_size), np.uint8)
         for i, row in enumerate(rows):
             image = getattr(self.scenes[self.scene_index[row]], modality)
             x, y = self.points[row]
@@ -273,15 +275,20 @@ def load_scene(pair: ImagePair) -> Scene:
     return Scene(pair.name, vis, ir, valid)
 
 
-def protocol_points(scene: Scene, max_points: int = MAX_POINTS) -> NDArray[np.int64]:
+def protocol_points(
+    scene: Scene, max_points: int = MAX_POINTS, patch_size: int = PATCH_SIZE
+) -> NDArray[np.int64]:
     """Where patches are cut in a scene, by the protocol above, strongest first.
+
+    Args:
+        patch_size: side of the patches in pixels; the protocol's is 64.
 
     Returns:
         (N, 2) int64 xy pixels, N at most `max_points`.
     """
-    half = PATCH_SIZE // 2
+    half = patch_size // 2
     height, width = scene.valid.shape
-    if min(height, width) < PATCH_SIZE:
+    if min(height, width) < patch_size:
         return np.empty((0, 2), np.int64)
     keypoints = cv2_any.SIFT_create().detect(scene.vis, None)
     found = np.array([(*k.pt, k.response) for k in keypoints], np.float64).reshape(-1, 3)
@@ -300,8 +307,14 @@ def protocol_points(scene: Scene, max_points: int = MAX_POINTS) -> NDArray[np.in
     return whole
 
 
-def load_scene_pairs(source: str | Path | Sequence[ImagePair], *, max_points: int = MAX_POINTS) -> ScenePairs:
+def load_scene_pairs(
+    source: str | Path | Sequence[ImagePair], *, max_points: int = MAX_POINTS, patch_size: int = PATCH_SIZE
+) -> ScenePairs:
     """Reads the image pairs of a folder (or of a list) and finds the protocol's points in them.
+
+    Args:
+        max_points: points an image, strongest first.
+        patch_size: side of the patches in pixels; the protocol's is 64.
 
     Raises:
         DataError: no pairs, or no point in any of them.
@@ -309,15 +322,15 @@ def load_scene_pairs(source: str | Path | Sequence[ImagePair], *, max_points: in
     """
     pairs = find_image_pairs(source) if isinstance(source, str | Path) else list(source)
     scenes = tuple(load_scene(pair) for pair in pairs)
-    points = [protocol_points(scene, max_points) for scene in scenes]
+    points = [protocol_points(scene, max_points, patch_size) for scene in scenes]
     if not sum(map(len, points)):
         where = pairs[0].vis.parent if pairs else "an empty list"
         raise DataError(
-            f"no keypoint with a whole {PATCH_SIZE} x {PATCH_SIZE} patch "
+            f"no keypoint with a whole {patch_size} x {patch_size} patch "
             f"in the {len(scenes)} image pairs of {where}"
         )
     index = np.repeat(np.arange(len(scenes), dtype=np.int64), [len(p) for p in points])
-    return ScenePairs(scenes, np.concatenate(points), index)
+    return ScenePairs(scenes, np.concatenate(points), index, patch_size)
 
 
 def sample_patch_pairs(
