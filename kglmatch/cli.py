@@ -16,7 +16,7 @@ from kglmatch import __version__
 from kglmatch.errors import KGLMatchError
 
 # Modules of `kglmatch.commands`, in the order in which --help lists them.
-COMMANDS = ("match", "score", "export", "eval", "train", "info", "convert")
+COMMANDS = ("match", "register", "check", "score", "export", "eval", "train", "info", "convert")
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes those of the process.
 
     Returns:
-        the exit code: 0, 2 for a user's mistake (one line on stderr), 130 after Ctrl-C.
+        the exit code: 0, 1 where `register` or `check` says "failed", 2 for a user's mistake (one line
+        on stderr), 130 after Ctrl-C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names that the terminal cannot show

@@ -1,4 +1,4 @@
-"""Pictures: matches as lines over both images, and a checkerboard that shows how well two images fit."""
+"""Pictures: matches as lines over both images; checkerboard, overlay and arrows that show how they fit."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kglmatch.errors import KGLMatchError
 from kglmatch.features import Matches
 from kglmatch.geometry import transform_points
 from kglmatch.images import load_image
+from kglmatch.results import RegistrationCheck
 
 Picture = NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -28,6 +29,12 @@ OUTLIER: Colour = (240, 96, 16)
 UNDECIDED: Colour = (86, 180, 233)
 FRAME: Colour = (240, 228, 66)
 _IR_TINT: Colour = (255, 205, 140)
+_RED: Colour = (255, 60, 60)
+_CYAN: Colour = (60, 255, 255)
+# From uncertain to certain: steps of matplotlib's plasma from the middle up, brighter with certainty.
+_CERTAINTY: tuple[Colour, ...] = (
+    (190, 60, 135), (215, 87, 107), (237, 121, 83), (251, 159, 58), (250, 205, 40), (246, 246, 90),
+)  # fmt: skip
 _BACKGROUND: Colour = (22, 24, 28)
 _TEXT: Colour = (236, 236, 236)
 _QUIET_TEXT: Colour = (160, 164, 170)
@@ -130,32 +137,107 @@ def draw_checkerboard(
         ImageError: an image that cannot be read.
         KGLMatchError: a homography that is not a finite (3, 3) array, or `cells` below 1.
     """
-    homography = np.asarray(homography)
-    if homography.shape != (3, 3) or homography.dtype.kind not in "iuf" or not np.isfinite(homography).all():
-        raise KGLMatchError(f"homography must be (3, 3) finite numbers, got {homography.tolist()!r}")
     if cells < 1:
         raise KGLMatchError(f"cells must be at least 1, got {cells}")
-    vis, ir = load_image(vis_image), load_image(ir_image)
-    height, width = vis.shape
-    scale = _scale(width, height)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    # Picture pixels -> visible pixels -> ir pixels.
-    to_vis = np.array([[1 / scale, 0, 0.5 / scale - 0.5], [0, 1 / scale, 0.5 / scale - 0.5], [0, 0, 1]])
-    to_ir = homography.astype(np.float64) @ to_vis
-    warped = _warp(ir, to_ir, size)
-    # What lies beyond the horizon of the homography, seen from the image's centre, is no image.
-    x, y = np.arange(size[0]), np.arange(size[1])[:, None]
-    depth = to_ir[2, 0] * x + to_ir[2, 1] * y + to_ir[2, 2]
-    covered = (_warp(np.ones_like(ir), to_ir, size) > 0.999) & (depth * depth[size[1] // 2, size[0] // 2] > 0)
-    shown = np.repeat(_resize(vis, size)[..., None], 3, axis=2)
+    vis, warped, covered = _brought_together(vis_image, ir_image, homography)
+    size = vis.shape[1], vis.shape[0]
+    shown = np.repeat(vis[..., None], 3, axis=2)
     side = max(size) / cells
     column, row = (np.floor((np.arange(n) + 0.5) / side).astype(int) for n in size)
     from_ir = ((row[:, None] + column[None, :]) % 2 == 1) & covered
     shown[from_ir] = warped[from_ir, None] * (np.array(_IR_TINT, np.float32) / 255)
     board: Picture = np.rint(np.clip(shown, 0, 1) * 255).astype(np.uint8)
     legend = [((235, 235, 235), "visible"), (_IR_TINT, "ir, brought onto the visible image")]
-    note = f"ir covers {100 * covered.mean():.0f} % | vis {width} x {height}"
-    return np.concatenate([board, _strip(size[0], legend, note)])
+    return np.concatenate([board, _strip(size[0], legend, _coverage(covered))])
+
+
+def draw_overlay(vis_image: Any, ir_image: Any, homography: NDArray[np.floating]) -> Picture:
+    """Draws both images in one, in false colour: the visible one red, the ir one, brought onto it, cyan.
+
+    What is equally bright in both becomes grey. Where edges have one line they are registered; two
+    lines beside each other, one red and one cyan, show how far apart they are. Both images are
+    brought to the same local contrast first. What the ir image does not cover stays red.
+
+    Args:
+        vis_image, ir_image: images of any size, as for `kglmatch.load_image`.
+        homography: (3, 3), from visible to ir pixels, as in `Registration.transform`.
+
+    Returns:
+        (H, W, 3) uint8 RGB, of the size that `draw_checkerboard` gives, with a strip below.
+
+    Raises:
+        ImageError: an image that cannot be read.
+        KGLMatchError: a homography that is not a finite (3, 3) array.
+    """
+    vis, warped, covered = _brought_together(vis_image, ir_image, homography)
+    red = _even_contrast(vis, np.ones_like(covered))
+    cyan = _even_contrast(warped, covered)
+    shown = np.stack([red, cyan, cyan], axis=2)
+    picture: Picture = np.rint(shown * 255).astype(np.uint8)
+    legend = [(_RED, "visible"), (_CYAN, "ir, brought onto the visible image")]
+    return np.concatenate([picture, _strip(vis.shape[1], legend, _coverage(covered))])
+
+
+def draw_displacement(vis_image: Any, check: RegistrationCheck) -> Picture:
+    """Draws how two images lie apart: an arrow at each point of the grid, over the visible image.
+
+    An arrow goes from where the ir content should be to where it is, longer by a round factor that the
+    key below names; its colour says how certain it is. Points that could not be judged are small grey
+    dots.
+
+    Args:
+        vis_image: the image that was checked, as for `kglmatch.load_image`.
+        check: what `Matcher.check` gave for it.
+
+    Returns:
+        (H, W, 3) uint8 RGB, 1000 to 2000 pixels wide (less only for very tall images), with two
+        strips below: the key, and the numbers.
+
+    Raises:
+        ImageError: an image that cannot be read.
+        KGLMatchError: an image of another size than the one checked.
+    """
+    vis = load_image(vis_image)
+    height, width = vis.shape
+    if (width, height) != check.image_size:
+        raise KGLMatchError(
+            f"the image is {width} x {height}, the one checked was {check.image_size[0]} x "
+            f"{check.image_size[1]}"
+        )
+    scale = _scale(width, height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    grey = np.rint(np.clip(_resize(vis, size), 0, 1) * 170).astype(np.uint8)
+    canvas: Picture = np.repeat(grey[..., None], 3, axis=2)
+    pane = _Pane(0, *size, (size[0] / width, size[1] / height))
+
+    _draw_dots(canvas, pane.place(check.points[~check.judged]), _QUIET_TEXT, 1.5)
+    points, moved = check.points[check.judged], check.displacement[check.judged]
+    factor = _arrow_factor(moved, np.sqrt(width * height / max(len(check.points), 1)))
+    start, end = pane.place(points), pane.place(points + factor * moved)
+    shade = np.clip(2 * check.certainty[check.judged] - 1, 0, 1) * (len(_CERTAINTY) - 1)
+    for number, colour in enumerate(_CERTAINTY):
+        rows = np.rint(shade) == number
+        _draw_arrows(canvas, start[rows], end[rows], colour)
+
+    length = _key_length(factor, width / 12)
+    share = f"{100 * check.judged_share:.0f} % of the points judged"
+    if len(points):
+        x, y = check.shift
+        words = (
+            f"{check.verdict} | shift ({x:+.2f}, {y:+.2f}) px | error: median {check.median_error:.2f} px, "
+            f"95 % within {check.p95_error:.2f} px | {share}"
+        )
+    else:
+        words = f"{check.verdict} | {share}"
+    legend = [
+        (_CERTAINTY[0], "certainty 50 %"),
+        (_CERTAINTY[-1], "100 %"),
+        (_QUIET_TEXT, "not judged"),
+    ]
+    key = _strip(size[0], legend, "").copy()
+    text = f"{length:g} px (arrows drawn {factor:g} x)" if len(points) else "no arrows"
+    _draw_key(key, text, length * factor * pane.scale[0] if len(points) else 0)
+    return np.concatenate([canvas, key, _strip(size[0], [(_BACKGROUND, words)], "")])
 
 
 # --- the two images -------------------------------------------------------------------------------
@@ -195,6 +277,44 @@ def _warp(
         image, transform, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     ).astype(np.float32)
     return warped
+
+
+def _brought_together(
+    vis_image: Any, ir_image: Any, homography: NDArray[np.floating]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+    """The visible image in picture size, the ir image brought onto it, and where it covers it."""
+    homography = np.asarray(homography)
+    if homography.shape != (3, 3) or homography.dtype.kind not in "iuf" or not np.isfinite(homography).all():
+        raise KGLMatchError(f"homography must be (3, 3) finite numbers, got {homography.tolist()!r}")
+    vis, ir = load_image(vis_image), load_image(ir_image)
+    height, width = vis.shape
+    scale = _scale(width, height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    # Picture pixels -> visible pixels -> ir pixels.
+    to_vis = np.array([[1 / scale, 0, 0.5 / scale - 0.5], [0, 1 / scale, 0.5 / scale - 0.5], [0, 0, 1]])
+    to_ir = homography.astype(np.float64) @ to_vis
+    warped = _warp(ir, to_ir, size)
+    # What lies beyond the horizon of the homography, seen from the image's centre, is no image.
+    x, y = np.arange(size[0]), np.arange(size[1])[:, None]
+    depth = to_ir[2, 0] * x + to_ir[2, 1] * y + to_ir[2, 2]
+    covered = (_warp(np.ones_like(ir), to_ir, size) > 0.999) & (depth * depth[size[1] // 2, size[0] // 2] > 0)
+    return _resize(vis, size), warped, covered
+
+
+def _even_contrast(image: NDArray[np.float32], covered: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """The image with about the same mean and contrast everywhere, in [0, 1]; 0 where not covered."""
+    sigma = max(image.shape) / 16
+    weight = cv2.GaussianBlur(covered.astype(np.float32), (0, 0), sigma) + 1e-6
+    inside = image * covered
+    mean = cv2.GaussianBlur(inside, (0, 0), sigma) / weight
+    square = cv2.GaussianBlur(inside * inside, (0, 0), sigma) / weight
+    deviation = np.sqrt(np.maximum(square - mean * mean, 0))
+    even: NDArray[np.float32] = np.clip(0.5 + 0.2 * (image - mean) / (deviation + 0.03), 0, 1) * covered
+    return even.astype(np.float32)
+
+
+def _coverage(covered: NDArray[np.bool_]) -> str:
+    return f"ir covers {100 * covered.mean():.0f} % of the visible image"
 
 
 def _side_by_side(images: list[NDArray[np.float32]]) -> tuple[list[_Pane], Picture]:
@@ -291,6 +411,71 @@ def _draw_points(
         for centre in _fixed(points):
             cv2.circle(mask, centre, round(size * (1 << _SHIFT)), 255, -1, cv2.LINE_AA, _SHIFT)
         _paint(canvas, mask, fill, opacity)
+
+
+def _draw_dots(canvas: Picture, points: NDArray[np.float64], colour: Colour, radius: float) -> None:
+    mask = _mask(canvas)
+    size = round(radius * _weight(canvas) * _SUPERSAMPLING * (1 << _SHIFT))
+    for centre in _fixed(points):
+        cv2.circle(mask, centre, size, 255, -1, cv2.LINE_AA, _SHIFT)
+    _paint(canvas, mask, colour, 0.9)
+
+
+def _draw_arrows(
+    canvas: Picture, start: NDArray[np.float64], end: NDArray[np.float64], colour: Colour
+) -> None:
+    """Arrows with a dot at their foot, so that none vanishes where nothing is moved."""
+    head = 7 * _weight(canvas)
+    along = end - start
+    length = np.linalg.norm(along, axis=1, keepdims=True)
+    unit = along / np.maximum(length, 1e-9)
+    side = unit[:, ::-1] * (-1, 1)
+    back = np.minimum(head, 0.5 * length)
+    left, right = end - back * (unit - 0.5 * side), end - back * (unit + 0.5 * side)
+    for rim, fill, opacity in ((2, _BACKGROUND, 0.75), (0, colour, 1.0)):
+        mask = _mask(canvas)
+        thickness = max(1, round(1.6 * _weight(canvas) * _SUPERSAMPLING)) + rim
+        for a, b, c, d in zip(_fixed(start), _fixed(end), _fixed(left), _fixed(right), strict=True):
+            cv2.line(mask, a, b, 255, thickness, cv2.LINE_AA, _SHIFT)
+            triangle = np.array([b, c, d], np.int32)
+            cv2.fillPoly(mask, [triangle], 255, cv2.LINE_AA, _SHIFT)
+            if rim:
+                cv2.polylines(mask, [triangle], True, 255, rim, cv2.LINE_AA, _SHIFT)
+        radius = round((2.4 * _weight(canvas) * _SUPERSAMPLING + rim) * (1 << _SHIFT))
+        for centre in _fixed(start):
+            cv2.circle(mask, centre, radius, 255, -1, cv2.LINE_AA, _SHIFT)
+        _paint(canvas, mask, fill, opacity)
+
+
+_ROUND = (1.0, 2.0, 5.0)
+
+
+def _arrow_factor(moved: NDArray[np.floating], spacing: float) -> float:
+    """A round factor that makes the long arrows about as long as the points are apart."""
+    longest = float(np.percentile(np.linalg.norm(moved, axis=1), 95)) if len(moved) else 1.0
+    most = spacing / max(longest, 0.02)
+    return max([1.0, *(r * 10**power for power in range(3) for r in _ROUND if r * 10**power <= most)])
+
+
+def _key_length(factor: float, room: float) -> float:
+    """A round displacement in pixels whose arrow takes about `room` pixels of the visible image."""
+    lengths = [r * 10.0**power for power in range(-3, 4) for r in _ROUND]
+    return max((n for n in lengths if n * factor <= room), default=lengths[0])
+
+
+def _draw_key(strip: Picture, text: str, length: float) -> None:
+    """Writes on the right of a strip, with an arrow `length` pixels long before it."""
+    height, width = strip.shape[:2]
+    size = round(height / 2.2)
+    font = ImageFont.load_default(size)
+    image = Image.fromarray(strip)
+    draw = ImageDraw.Draw(image)
+    draw.text((width - size, height / 2), text, fill=_TEXT, font=font, anchor="rm")
+    left = width - 2 * size - draw.textlength(text, font=font)
+    strip[:] = np.asarray(image)
+    if length > 0:
+        middle = (height - 1) / 2
+        _draw_arrows(strip, np.array([[left - length, middle]]), np.array([[left, middle]]), _CERTAINTY[-1])
 
 
 def _draw_frame(

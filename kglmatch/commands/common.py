@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 DEVICE_HELP = '"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N" (default: auto)'
 DTYPES = ("float32", "float16", "bfloat16")
 
+EXIT_FAILED = 1  # a verdict, not a mistake: these images do not fit
+
 
 def say(text: str) -> None:
     """Prints words for the reader; results alone go to stdout."""
@@ -53,6 +55,14 @@ def fraction(text: str) -> float:
     value = _number(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number within [0, 1], got {text!r}")
+    return value
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    value = _number(text)
+    if not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
     return value
 
 

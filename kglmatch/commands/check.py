@@ -1,0 +1,143 @@
+"""`kglmatch check`: how well two images are registered, and where not."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kglmatch.commands.common import (
+    EXIT_FAILED,
+    add_json_option,
+    add_model_options,
+    check_outputs,
+    load_matcher,
+    number,
+    output_path,
+    print_json,
+    say,
+)
+
+if TYPE_CHECKING:
+    from kglmatch.results import RegistrationCheck
+
+# As in `Matcher.check`, which is too heavy to import for --help.
+MAX_DISPLACEMENT = 16.0
+DISPLACEMENTS = (1.0, 64.0)
+
+EPILOG = """exit code: 0, or 1 if the verdict is failed: then nothing tells how far apart the images are.
+
+example:
+  kglmatch check scene_vis.png aligned.png -o report.png
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command and its options."""
+    parser = subparsers.add_parser(
+        "check",
+        help="say how well two images are registered, and where not",
+        description="Measures at a grid of points how far the content of two images of one size, which "
+        "should lie on each other, is apart.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("vis", metavar="VIS", type=Path, help="the visible image")
+    parser.add_argument("ir", metavar="IR", type=Path, help="the image of the other sensor, of the same size")
+    outputs = parser.add_argument_group("outputs")
+    outputs.add_argument(
+        "-o",
+        "--output",
+        metavar="PICTURE",
+        type=output_path,
+        help="draw the displacements as arrows over the visible image",
+    )
+    add_json_option(outputs)
+    how = parser.add_argument_group("check")
+    how.add_argument(
+        "--max-displacement",
+        metavar="R",
+        type=_displacement,
+        default=MAX_DISPLACEMENT,
+        help="pixels, 1 to 64; larger displacements are not found (default: %(default)g)",
+    )
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
+    from kglmatch.errors import ImageError
+    from kglmatch.images import check_image_name, load_image, save_image
+
+    if args.output is not None:
+        check_image_name(args.output)
+    vis, ir = load_image(args.vis), load_image(args.ir)
+    if vis.shape != ir.shape:
+        raise ImageError(
+            f"{args.vis} is {vis.shape[1]} x {vis.shape[0]}, {args.ir} {ir.shape[1]} x {ir.shape[0]}: "
+            "check needs images of one size that should lie on each other; kglmatch register takes any two"
+        )
+    check_outputs({"-o": args.output}, (args.vis, args.ir))
+    matcher = load_matcher(args)
+    from kglmatch.matcher import check_image_size
+
+    for path, image in ((args.vis, vis), (args.ir, ir)):
+        check_image_size(image, matcher.config.patch_size, str(path))
+    began = time.perf_counter()
+    found = matcher.check(vis, ir, max_displacement=args.max_displacement)
+    seconds = time.perf_counter() - began
+    written = []
+    if args.output is not None:
+        from kglmatch.visualize import draw_displacement
+
+        save_image(args.output, draw_displacement(vis, found))
+        written.append(args.output)
+    if args.json:
+        print_json(
+            {
+                "vis": str(args.vis),
+                "ir": str(args.ir),
+                "model": args.model,
+                "device": matcher.device,
+                **found.to_dict(),
+                "seconds": round(seconds, 3),
+                "written": [str(path) for path in written],
+            }
+        )
+    else:
+        for line in _words(found):
+            print(line)
+        print(f"{len(found.points)} points, {seconds:.1f} s on {matcher.device}")
+        for path in written:
+            print(f"wrote {path}")
+    if found.verdict == "failed":
+        say(f"{args.ir}: its content was not found in {args.vis} within {args.max_displacement:g} px")
+        return EXIT_FAILED
+    if found.verdict == "doubtful":
+        say(f"{args.ir}: doubtful whether it shows what {args.vis} shows; look at the images")
+    return 0
+
+
+def _words(found: RegistrationCheck) -> list[str]:
+    import numpy as np
+
+    if not found.judged.any():
+        return [f"{found.verdict}: no point could be judged"]
+    moved = np.where(found.judged[:, None], found.displacement, 0)
+    worst = int(np.argmax(np.linalg.norm(moved, axis=1)))
+    x, y = found.points[worst]
+    return [
+        f"{found.verdict}: shift ({found.shift[0]:+.2f}, {found.shift[1]:+.2f}) px",
+        f"error: median {found.median_error:.2f} px, 95 % within {found.p95_error:.2f} px, "
+        f"largest {np.linalg.norm(moved[worst]):.2f} px at ({x:.0f}, {y:.0f})",
+        f"{100 * found.judged_share:.0f} % of the image could be judged",
+    ]
+
+
+def _displacement(text: str) -> float:
+    value = number(text)
+    least, most = DISPLACEMENTS
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"expected pixels from {least:g} to {most:g}, got {text!r}")
+    return value

@@ -1,0 +1,443 @@
+"""`kglmatch register`: one image laid onto another, or the bands of a rig onto one of them."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kglmatch.commands.common import (
+    EXIT_FAILED,
+    add_json_option,
+    add_model_options,
+    check_outputs,
+    load_matcher,
+    non_negative_float,
+    number,
+    output_path,
+    print_json,
+    say,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kglmatch.features import Matches
+    from kglmatch.matcher import Matcher
+    from kglmatch.results import BandRegistration, Registration
+
+# As in `kglmatch.geometry` and `Matcher.register`, which are too heavy to import for --help.
+TRANSFORMS = ("auto", "translation", "similarity", "affine", "homography")
+MAX_ROTATION, MAX_SCALE = 15.0, 1.25
+RIG_MAX_ROTATION, RIG_MAX_SCALE = 5.0, 1.1
+
+# Outputs of one VIS and one IR.
+_SINGLE = ("overlay", "checkerboard", "matches", "yml", "gcp")
+
+EPILOG = """exit code: 0 if every image was registered (or is doubtful, which is said), 1 if one failed, which is
+then not written, 2 for a mistake.
+
+examples:
+  kglmatch register scene_vis.png scene_nir.tif -o aligned.tif --overlay overlay.png
+  kglmatch register rgb.jpg thermal.tif --gcp thermal.points --json
+  kglmatch register green.tif red.tif rededge.tif nir.tif -o stack.tif   (a rig: all onto the first)
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command and its options."""
+    parser = subparsers.add_parser(
+        "register",
+        help="lay an image of another sensor onto a visible one; the bands of a rig onto one",
+        description="Finds the transform between a visible image and one of another sensor, says whether "
+        "to believe it, and lays the other image onto the visible one. With more than one other image, "
+        "registers each band of a multispectral rig to the first image.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("vis", metavar="VIS", type=Path, help="the visible image, or the reference band")
+    parser.add_argument(
+        "ir", metavar="IR", type=Path, nargs="+", help="the image of the other sensor, or bands"
+    )
+    outputs = parser.add_argument_group("outputs")
+    outputs.add_argument(
+        "-o",
+        "--output",
+        metavar="IMAGE",
+        type=output_path,
+        help="the IR image laid onto VIS, bit depth and channels kept; for several bands one multi-page "
+        "TIFF: the reference, then every band that did not fail",
+    )
+    pictures = (
+        ("--overlay", "draw both images in one, red and cyan"),
+        ("--checkerboard", "draw both images in alternate squares"),
+        ("--matches", "draw the places that were compared, over both images"),
+    )
+    for option, words in pictures:
+        outputs.add_argument(option, metavar="PICTURE", type=output_path, help=words)
+    outputs.add_argument(
+        "--yml", metavar="FILE", type=output_path, help="write the transform for cv2.FileStorage: .yml, .yaml"
+    )
+    outputs.add_argument(
+        "--gcp",
+        metavar="FILE",
+        type=output_path,
+        help="write ground control points of IR: .points for QGIS's Georeferencer; .txt or .gcp for "
+        "gdal_translate --optfile; on the map if VIS is a GeoTIFF",
+    )
+    outputs.add_argument(
+        "--save", metavar="FILE", type=output_path, help="write all that was found, failed or not: .json"
+    )
+    outputs.add_argument(
+        "--nodata",
+        metavar="V",
+        type=number,
+        help="pixel value without data: does not count in the images, and fills what IR does not cover "
+        "(default: every pixel counts, and the rest is filled with 0)",
+    )
+    add_json_option(outputs)
+    how = parser.add_argument_group("registration")
+    how.add_argument(
+        "--transform",
+        choices=TRANSFORMS,
+        default=TRANSFORMS[0],
+        help="auto: the simplest that no other clearly beats (default: %(default)s)",
+    )
+    how.add_argument(
+        "--max-displacement",
+        metavar="R",
+        type=non_negative_float,
+        help="pixels that the middle of the image may be moved by (default: any)",
+    )
+    how.add_argument(
+        "--max-rotation",
+        metavar="D",
+        type=non_negative_float,
+        help=f"degrees, either way, up to 180 (default: {MAX_ROTATION:g}; for bands {RIG_MAX_ROTATION:g})",
+    )
+    how.add_argument(
+        "--max-scale",
+        metavar="S",
+        type=non_negative_float,
+        help="factor, either way, beside the ratio of the image sizes, 1 to 4 "
+        f"(default: {MAX_SCALE}; for bands {RIG_MAX_SCALE})",
+    )
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
+    from kglmatch.images import load_image
+    from kglmatch.registration import check_limits
+
+    rig = len(args.ir) > 1
+    if args.max_rotation is None:
+        args.max_rotation = RIG_MAX_ROTATION if rig else MAX_ROTATION
+    if args.max_scale is None:
+        args.max_scale = RIG_MAX_SCALE if rig else MAX_SCALE
+    # A mistake is told before the model is loaded.
+    check_limits(args.transform, args.max_displacement, args.max_rotation, args.max_scale)
+    _check_names(args, rig)
+    paths = (args.vis, *args.ir)
+    greys = [load_image(path, nodata=args.nodata) for path in paths]
+    raws = _read_raw(args, rig)
+    outputs = {f"--{name}": getattr(args, name) for name in (*_SINGLE, "save")}
+    check_outputs({"-o": args.output, **outputs}, paths)
+    matcher = load_matcher(args)
+    from kglmatch.matcher import check_image_size
+
+    for path, grey in zip(paths, greys, strict=True):
+        check_image_size(grey, matcher.config.patch_size, str(path))
+    return (_run_rig if rig else _run_pair)(args, matcher, greys, raws)
+
+
+def _limits(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "transform": args.transform,
+        "max_displacement": args.max_displacement,
+        "max_rotation": args.max_rotation,
+        "max_scale": args.max_scale,
+    }
+
+
+# --- before the work ------------------------------------------------------------------------------
+
+
+def _check_names(args: argparse.Namespace, rig: bool) -> None:
+    from kglmatch.errors import OutputError
+    from kglmatch.images import check_image_name
+    from kglmatch.registration_files import CONTROL_POINTS, JSON, STACK, YML, check_ending
+
+    if rig:
+        for name in _SINGLE:
+            if getattr(args, name) is not None:
+                raise OutputError(
+                    f"--{name} is for one VIS and one IR, got {len(args.ir)} bands; "
+                    "register that band on its own"
+                )
+        if args.output is not None:
+            check_ending(args.output, STACK, "a stack of bands")
+    for picture in (args.output, args.overlay, args.checkerboard, args.matches):
+        if picture is not None:
+            check_image_name(picture)
+    for path, endings, what in (
+        (args.yml, YML, "OpenCV's yml"),
+        (args.gcp, CONTROL_POINTS, "ground control points"),
+        (args.save, JSON, "the registration"),
+    ):
+        if path is not None:
+            check_ending(path, endings, what)
+
+
+def _read_raw(args: argparse.Namespace, rig: bool) -> list[NDArray[Any]]:
+    """The images to warp with their own types: IR; or the reference and the bands."""
+    from kglmatch.images import check_image_fits, read_image_raw
+    from kglmatch.registration_files import check_pages
+
+    if args.output is None:
+        return []
+    paths = [args.vis, *args.ir] if rig else args.ir
+    raws = [read_image_raw(path) for path in paths]
+    if rig:
+        check_pages(raws, [str(path) for path in paths])
+    else:
+        check_image_fits(args.output, raws[0])
+    if args.nodata is not None:
+        for path, raw in zip(paths, raws, strict=True):
+            _check_nodata(args.nodata, raw.dtype, path)
+    return raws
+
+
+def _check_nodata(nodata: float, dtype: np.dtype[Any], path: Path) -> None:
+    import numpy as np
+
+    from kglmatch.errors import KGLMatchError
+
+    if dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        if not (nodata == round(nodata) and limits.min <= nodata <= limits.max):
+            raise KGLMatchError(
+                f"--nodata {nodata:g} is no {dtype} value, which {path} holds; "
+                f"expected a whole number from {limits.min} to {limits.max}"
+            )
+
+
+# --- one pair -------------------------------------------------------------------------------------
+
+
+def _run_pair(
+    args: argparse.Namespace, matcher: Matcher, greys: list[NDArray[np.float32]], raws: list[NDArray[Any]]
+) -> int:
+    vis, ir = greys
+    path = args.ir[0]
+    began = time.perf_counter()
+    found = matcher.register(vis, ir, **_limits(args))
+    seconds = time.perf_counter() - began
+    written = _write_pair(args, vis, ir, raws, found)
+    if args.json:
+        facts = {"vis": str(args.vis), "ir": str(path), "model": args.model, "device": matcher.device}
+        print_json({**facts, **found.to_dict(), **_timing(seconds, written)})
+    else:
+        print(f"{_summary(found)} ({seconds:.1f} s on {matcher.device})")
+        if found.transform is not None:
+            print(_in_words(found, found.transform))
+        for name in written:
+            print(f"wrote {name}")
+    if found.verdict == "failed":
+        unwritten = any(getattr(args, name) is not None for name in ("output", *_SINGLE))
+        say(f"{path}: not registered to {args.vis}{'; no image was written' if unwritten else ''}")
+        return EXIT_FAILED
+    if found.verdict == "doubtful":
+        say(f"{path}: doubtful; look at it before you use it (--overlay, --checkerboard)")
+    return 0
+
+
+def _write_pair(
+    args: argparse.Namespace,
+    vis: NDArray[np.float32],
+    ir: NDArray[np.float32],
+    raws: list[NDArray[Any]],
+    found: Registration,
+) -> list[Path]:
+    """Writes what was asked for and can be; the files."""
+    from kglmatch.images import save_image
+    from kglmatch.registration_files import (
+        read_map_frame,
+        registration_to_dict,
+        save_control_points,
+        save_json,
+        save_yml,
+    )
+    from kglmatch.visualize import draw_checkerboard, draw_matches, draw_overlay
+
+    writers: list[tuple[Path | None, Callable[[Path], None]]] = []
+    if found.transform is not None:
+        transform = found.transform
+        writers = [
+            (args.output, lambda path: save_image(path, _warp(found, raws[0], args.nodata))),
+            (args.overlay, lambda path: save_image(path, draw_overlay(vis, ir, transform))),
+            (args.checkerboard, lambda path: save_image(path, draw_checkerboard(vis, ir, transform))),
+            (args.matches, lambda path: save_image(path, draw_matches(vis, ir, _matches(found)))),
+            (args.yml, lambda path: save_yml(path, found)),
+            (args.gcp, lambda path: save_control_points(path, found, read_map_frame(args.vis))),
+        ]
+    writers.append((args.save, lambda path: save_json(path, registration_to_dict(found))))
+    written = []
+    for path, write in writers:
+        if path is not None:
+            write(path)
+            written.append(path)
+    return written
+
+
+def _warp(found: Registration, raw: NDArray[Any], nodata: float | None) -> NDArray[Any]:
+    """The image laid onto the visible one; nodata does not mix into the pixels beside it."""
+    import numpy as np
+
+    if nodata is None:
+        return found.warp(raw)
+    # As `load_image` sees it: all colour channels alike; alpha is no colour.
+    colours = raw[..., : 1 if raw.shape[2] < 3 else 3] if raw.ndim == 3 else raw[..., None]
+    has_data = (colours != nodata).any(axis=2)
+    moved = found.warp(raw, nodata=nodata)
+    moved[found.warp(has_data.astype(np.uint8) * 255) < 255] = nodata
+    return moved
+
+
+def _matches(found: Registration) -> Matches:
+    """The places of a registration as `Matches`, for drawing; they have no descriptor distance."""
+    import numpy as np
+
+    from kglmatch.features import Matches
+
+    count = len(found.keypoints_vis)
+    rows = np.arange(count, dtype=np.int64)
+    return Matches(
+        np.stack([rows, rows], axis=1),
+        found.scores,
+        np.full(count, np.nan, np.float32),
+        found.keypoints_vis,
+        found.keypoints_ir,
+        found.transform,
+        found.inliers,
+    )
+
+
+# --- a rig ----------------------------------------------------------------------------------------
+
+
+def _run_rig(
+    args: argparse.Namespace, matcher: Matcher, greys: list[NDArray[np.float32]], raws: list[NDArray[Any]]
+) -> int:
+    began = time.perf_counter()
+    names = [str(path) for path in args.ir]
+    results = matcher.register_stack(greys[0], greys[1:], names=names, **_limits(args))
+    seconds = time.perf_counter() - began
+    kept = [i for i, result in enumerate(results) if result.registration.verdict != "failed"]
+    facts = {
+        "reference": str(args.vis),
+        "model": args.model,
+        "device": matcher.device,
+        "stack": [str(args.vis), *(names[i] for i in kept)] if kept else [],
+    }
+    written = _write_rig(args, raws, results, kept, facts)
+    if args.json:
+        bands = [{"band": r.name, "via": r.via, **r.registration.to_dict()} for r in results]
+        print_json({**facts, "bands": bands, **_timing(seconds, written)})
+    else:
+        for line in _table(results):
+            print(line)
+        print(f"{len(kept)} of {len(results)} bands registered ({seconds:.1f} s on {matcher.device})")
+        for path in written:
+            print(f"wrote {path}")
+    for result in results:
+        if result.registration.verdict == "failed":
+            say(f"{result.name}: not registered to {args.vis}; left out")
+        elif result.registration.verdict == "doubtful":
+            say(f"{result.name}: doubtful; look at it before you use it")
+    if args.output is not None and not kept:
+        say(f"{args.output}: not written, for no band was registered")
+    return 0 if len(kept) == len(results) else EXIT_FAILED
+
+
+def _write_rig(
+    args: argparse.Namespace,
+    raws: list[NDArray[Any]],
+    results: list[BandRegistration],
+    kept: list[int],
+    facts: dict[str, Any],
+) -> list[Path]:
+    from kglmatch.registration_files import registration_to_dict, save_json, save_stack
+
+    written = []
+    if args.output is not None and kept:
+        pages = [raws[0], *(_warp(results[i].registration, raws[i + 1], args.nodata) for i in kept)]
+        save_stack(args.output, pages, [args.vis.name, *(args.ir[i].name for i in kept)])
+        written.append(args.output)
+    if args.save is not None:
+        bands = [{"band": r.name, "via": r.via, **registration_to_dict(r.registration)} for r in results]
+        save_json(args.save, {**facts, "bands": bands})
+        written.append(args.save)
+    return written
+
+
+def _table(results: list[BandRegistration]) -> list[str]:
+    header = ("band", "verdict", "confidence", "transform", "inliers", "residual", "via")
+    rows = [header]
+    for result in results:
+        found = result.registration
+        failed = found.verdict == "failed"
+        rows.append(
+            (
+                result.name,
+                found.verdict,
+                f"{found.confidence:.2f}",
+                "-" if failed else str(found.kind),
+                f"{int(found.inliers.sum())}/{len(found.inliers)}",
+                "-" if failed or not found.inliers.any() else f"{found.residual:.2f} px",
+                result.via or "-",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def _timing(seconds: float, written: list[Path]) -> dict[str, Any]:
+    return {"seconds": round(seconds, 3), "written": [str(path) for path in written]}
+
+
+def _summary(found: Registration) -> str:
+    words = f"{found.verdict}, confidence {found.confidence:.2f}"
+    if found.transform is None:
+        return words
+    inliers = int(found.inliers.sum())
+    agreed = f"{inliers} of {len(found.inliers)} places agree"
+    residual = f", median residual {found.residual:.2f} px" if inliers else ""
+    return f"{words}: {found.kind}, {agreed}{residual}"
+
+
+def _in_words(found: Registration, transform: NDArray[np.float64]) -> str:
+    """What the transform does at the middle of the visible image, in pixels of the other one."""
+    import numpy as np
+
+    from kglmatch.geometry import transform_points
+
+    middle = (np.array([found.vis_size], float) - 1) / 2
+    around = middle + np.array([[0, 0], [0.5, 0], [-0.5, 0], [0, 0.5], [0, -0.5]])
+    moved = transform_points(transform, around)
+    shift = moved[0] - (np.array(found.ir_size) - 1) / 2
+    right, down = moved[1] - moved[2], moved[3] - moved[4]
+    rotation = float(np.degrees(np.arctan2(right[1] - down[0], right[0] + down[1])))
+    scale = float(np.sqrt(abs(right[0] * down[1] - right[1] * down[0])))
+    return (
+        f"from visible to ir pixels: centre moved by ({shift[0]:+.2f}, {shift[1]:+.2f}) px, "
+        f"turned by {rotation:+.2f} degrees, scaled by {scale:.4f}"
+    )
