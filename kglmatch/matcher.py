@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kglmatch.config import KGLNetConfig
-from kglmatch.errors import ImageError, KGLMatchError, PatchError
+from kglmatch.errors import BackendError, ImageError, KGLMatchError, PatchError
 from kglmatch.features import Array, Features, Matches, Modality, check_modality, to_numpy
 from kglmatch.fusion import fuse
 from kglmatch.geometry import estimate_homography
@@ -32,11 +32,14 @@ from kglmatch.patches import check_patches, extract_patches
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kglmatch.backends.base import Backend
+    from kglmatch.backends.base import Backend, Providers
+    from kglmatch.export import ExportReport
+    from kglmatch.hub import HubOptions
     from kglmatch.model_card import ModelCard
     from kglmatch.pretrained import ModelFiles
     from kglmatch.results import BandRegistration, Registration, RegistrationCheck
 
+BACKENDS = ("torch", "onnx")
 DECISIONS = ("fused", "metric", "descriptor")
 DEFAULT_TOP_K = 3
 DEFAULT_MAX_KEYPOINTS = 2048
@@ -71,9 +74,11 @@ class Matcher:
         cls,
         name_or_path: str | Path = "kglnet-vis-nir",
         *,
+        backend: str = "torch",
         device: str = "auto",
         dtype: str | None = None,
         batch_size: int | None = None,
+        providers: Providers = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -87,9 +92,13 @@ class Matcher:
             name_or_path: a bundled model's name (`kglmatch.list_pretrained()`), a local folder with
                 `config.json` and `model.safetensors`, or a model on the Hugging Face Hub,
                 "owner/name" or "owner/name@revision"; looked for in this order.
+            backend: "torch", or "onnx" for onnxruntime. Graphs that lie with the model, in a folder
+                `onnx`, are taken; else they are made once, by PyTorch, and kept in the cache.
             device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
-            dtype: "float32", "float16" or "bfloat16"; None takes float16 on CUDA, else float32.
+            dtype: "float32", "float16" or "bfloat16" (PyTorch only); None takes float16 on CUDA, else
+                float32, and graphs that lie with the model as they are.
             batch_size: patches that go through the network at once; None suits the device.
+            providers: of onnxruntime, see `from_onnx`.
             revision, token, cache_dir, local_files_only, force_download, endpoint: how to reach the
                 Hub, see `kglmatch.hub.HubOptions`.
 
@@ -98,21 +107,100 @@ class Matcher:
             ConfigError: a wrong `config.json`.
             BackendError: a device that cannot be had; nothing else is taken in its place.
         """
+        if backend not in BACKENDS:
+            raise BackendError(f"backend must be one of {BACKENDS}, got {backend!r}")
+        hub: HubOptions = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "force_download": force_download,
+            "endpoint": endpoint,
+        }
+        if backend == "onnx":
+            from kglmatch.backends.onnx import load_pretrained
+
+            return cls(
+                load_pretrained(
+                    name_or_path,
+                    hub,
+                    providers=providers,
+                    device=device,
+                    dtype=dtype,
+                    batch_size=batch_size,
+                )
+            )
+        if providers is not None:
+            raise BackendError(f'providers={providers!r} are of onnxruntime: give backend="onnx" with them')
         from kglmatch.backends.torch import TorchBackend
         from kglmatch.pretrained import load_files, resolve
 
-        files = resolve(
-            name_or_path,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
-            endpoint=endpoint,
-        )
+        files = resolve(name_or_path, **hub)
         state, config = load_files(files)
-        backend = TorchBackend(state, config, device=device, dtype=dtype, batch_size=batch_size)
-        return cls(backend, files)
+        return cls(TorchBackend(state, config, device=device, dtype=dtype, batch_size=batch_size), files)
+
+    @classmethod
+    def from_onnx(
+        cls,
+        folder: str | Path,
+        *,
+        providers: Providers = None,
+        device: str = "auto",
+        batch_size: int | None = None,
+    ) -> Matcher:
+        """Runs exported graphs by onnxruntime. PyTorch is not needed, and not imported.
+
+        Args:
+            folder: what `export_onnx` wrote.
+            providers: None or "auto" goes by `device`; else onnxruntime's execution providers by rank,
+                names or (name, options) pairs. One that does not come up is an error.
+            device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
+            batch_size: patches that go through the network at once; None suits the device.
+
+        Raises:
+            WeightsError: a folder that lacks files, a damaged graph, or graphs of different models.
+            ConfigError: a wrong `config.json`.
+            BackendError: a device or provider that cannot be had.
+        """
+        from kglmatch.backends.onnx import OnnxBackend
+
+        return cls(OnnxBackend(folder, providers=providers, device=device, batch_size=batch_size))
+
+    def export_onnx(
+        self, folder: str | Path, *, half: bool = False, batch: int | None = None, opset: int | None = None
+    ) -> ExportReport:
+        """Writes ONNX graphs for `from_onnx`, C++ or TensorRT, after comparing them with PyTorch.
+
+        Args:
+            folder: a new folder, or an empty one.
+            half: convolutions in float16.
+            batch: a fixed number of rows; None leaves it open.
+            opset: 18 to 23; None takes 23.
+
+        Returns:
+            files, sizes, node counts and measured differences; see `kglmatch.export.export_onnx`.
+
+        Raises:
+            KGLMatchError: an ONNX matcher, weights held in bfloat16, or a wrong batch or opset.
+            ExportError: the graphs do not give PyTorch's numbers; nothing is left behind.
+            OutputError: the folder cannot be made.
+        """
+        if self.backend.name != "torch":
+            raise KGLMatchError("an ONNX matcher is exported already: copy its folder")
+        if self.backend.dtype == "bfloat16":
+            raise KGLMatchError('the weights are held as bfloat16: load them with dtype="float32" to export')
+        from kglmatch.export import DEFAULT_OPSET, export_onnx
+
+        net: Any = getattr(self.backend, "net")  # noqa: B009
+        return export_onnx(
+            {key: value.float() for key, value in net.state_dict().items()},
+            self.config,
+            folder,
+            name=self.source.name if self.source else "KGL-Net",
+            half=half,
+            batch=batch,
+            opset=DEFAULT_OPSET if opset is None else opset,
+        )
 
     def save_pretrained(
         self,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kglmatch.config import KGLNetConfig
 from kglmatch.features import Array, Modality
+
+# Execution providers of onnxruntime by rank, as it takes them; None or "auto" goes by the device.
+Providers = str | Sequence[str | tuple[str, Mapping[str, Any]]] | None
 
 
 class Backend(Protocol):

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,15 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
+from kglmatch import __version__
+from kglmatch.backends.base import Providers
 from kglmatch.config import MAP_CHANNELS, KGLNetConfig
-from kglmatch.errors import BackendError, KGLMatchError, WeightsError
+from kglmatch.errors import BackendError, KGLMatchError, OutputError, WeightsError
 from kglmatch.features import Array, Modality, to_numpy
+from kglmatch.files import make_folder
+from kglmatch.hub import HubOptions
 from kglmatch.matching import top_k_rows
-from kglmatch.pretrained import CONFIG_FILE
+from kglmatch.pretrained import CONFIG_FILE, ModelFiles, resolve, resolve_onnx
 from kglmatch.progress import steps
 
 ENCODER_FILES = {"vis": "encoder_vis.onnx", "ir": "encoder_ir.onnx"}
@@ -92,7 +97,7 @@ class OnnxBackend:
         self,
         folder: str | Path,
         *,
-        providers: str | Sequence[str | tuple[str, Mapping[str, Any]]] | None = None,
+        providers: Providers = None,
         device: str = "auto",
         batch_size: int | None = None,
     ) -> None:
@@ -188,6 +193,71 @@ class OnnxBackend:
 
     def top_k(self, a: Array, b: Array, k: int) -> NDArray[np.int64]:
         return top_k_rows(to_numpy(a), to_numpy(b), k)
+
+
+def load_pretrained(
+    name: str | Path,
+    hub: HubOptions,
+    *,
+    providers: Providers,
+    device: str,
+    dtype: str | None,
+    batch_size: int | None,
+) -> OnnxBackend:
+    """The graphs of a model: those that lie with it, or else made once by PyTorch and kept in the cache.
+
+    Args:
+        name, hub: as for `kglmatch.pretrained.resolve`. The cache is `kglmatch-onnx` in its `cache_dir`,
+            else in XDG_CACHE_HOME or ~/.cache.
+        dtype: "float32" or "float16"; None takes the graphs as they are, or what suits the device.
+
+    Raises:
+        WeightsError, ConfigError, BackendError: as for `OnnxBackend`; no such model; a precision that
+            the graphs do not have; graphs that are to be made where PyTorch is not installed.
+    """
+    if dtype not in (None, "float32", "float16"):
+        raise BackendError(f'dtype must be "float32" or "float16" for ONNX, got {dtype!r}')
+    (first, _), *_ = choose_providers(providers, device)[0]
+    try:
+        folder = resolve_onnx(name, **hub)
+    except WeightsError:
+        half = dtype == "float16" or (dtype is None and first in DEVICE_MEMORY)
+        folder = _exported(resolve(name, **hub), hub.get("cache_dir"), half)
+    backend = OnnxBackend(folder, providers=providers, device=device, batch_size=batch_size)
+    if dtype not in (None, backend.dtype):
+        raise BackendError(
+            f"dtype={dtype!r} was asked for, but the graphs in {folder} are in {backend.dtype}; "
+            "kglmatch export --onnx writes either"
+        )
+    return backend
+
+
+def _exported(files: ModelFiles, cache_dir: str | Path | None, half: bool) -> Path:
+    """The cache's folder with the graphs of a model, exported now if they are not there."""
+    content = _read(files.weights) + _read(files.config) + __version__.encode()
+    kind = "float16" if half else "float32"
+    cache = Path(cache_dir or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kglmatch-onnx"
+    folder = cache / f"{hashlib.sha256(content).hexdigest()[:16]}-{kind}"
+    if folder.is_dir():
+        return folder
+    try:
+        from kglmatch.export import export_onnx
+        from kglmatch.pretrained import load_files
+    except ImportError as error:
+        raise BackendError(
+            f"{files.name} has no ONNX graphs yet, and making them needs PyTorch and onnx ({error}): run "
+            "kglmatch export --onnx where they are installed, and load the folder by Matcher.from_onnx"
+        ) from error
+    logger.info("exporting %s to %s", files.name, folder)
+    make_folder(cache)
+    state, config = load_files(files)
+    try:
+        export_onnx(state, config, folder, name=files.name, half=half)
+    except OutputError:
+        if not folder.is_dir():
+            raise
+        # Another process was faster.
+    return folder
 
 
 # --- host and device memory -----------------------------------------------------------------------
@@ -402,9 +472,7 @@ def _varint(value: int) -> bytes:
 # --- providers ------------------------------------------------------------------------------------
 
 
-def choose_providers(
-    providers: str | Sequence[str | tuple[str, Mapping[str, Any]]] | None, device: str
-) -> tuple[list[Provider], bool]:
+def choose_providers(providers: Providers, device: str) -> tuple[list[Provider], bool]:
     """The providers to open sessions with, and whether they were chosen here ("auto").
 
     Raises:
