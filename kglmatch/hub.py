@@ -17,6 +17,7 @@ from kglmatch.errors import KGLMatchError, OutputError, WeightsError
 
 # How long the Hub may take to answer, unless HF_HUB_ETAG_TIMEOUT says otherwise.
 TIMEOUT_SECONDS = 5
+NO_TOKEN = "token=True was given, but none is stored here: run `hf auth login`"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -87,6 +88,8 @@ def download(
         WeightsError: no such repository, revision or file, one that needs permission, or a Hub that
             cannot be reached while the cache lacks a file.
     """
+    if cache_dir is not None:
+        cache_dir = Path(cache_dir).expanduser()
     wanted = _Wanted(repo_id, revision, token, cache_dir, local_files_only, force_download, endpoint)
     if force_download and wanted.offline:
         raise WeightsError(f"{wanted}: force_download needs the Hub, but {wanted.why_offline}")
@@ -169,12 +172,12 @@ class _Wanted:
     def _ask(self, filename: str, revision: str | None) -> None:
         """One request without retries. The client's own first request is repeated for up to minutes."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
         url = hf_hub_url(self.repo_id, filename, revision=revision, endpoint=self.hub)
         try:
             metadata = get_hf_file_metadata(url, token=self.token, timeout=_timeout())
-        except HfHubHTTPError:
+        except (HfHubHTTPError, LocalTokenNotFoundError):
             raise
         except _client_errors() as error:
             missing = "force_download needs it" if self.force_download else f"{self} is not in {self.cache}"
@@ -195,12 +198,15 @@ class _Wanted:
             GatedRepoError,
             HFValidationError,
             LocalEntryNotFoundError,
+            LocalTokenNotFoundError,
             RepositoryNotFoundError,
             RevisionNotFoundError,
         )
 
         if isinstance(error, HFValidationError):
             return WeightsError(f"{self} is not a valid name on the Hub: {one_line(error)}")
+        if isinstance(error, LocalTokenNotFoundError):
+            return WeightsError(f"{self}: {NO_TOKEN}")
         if isinstance(error, GatedRepoError):
             return WeightsError(
                 f"{self} is gated: accept its terms at {self.hub}/{self.repo_id}, then run `hf auth login` "
@@ -271,7 +277,11 @@ def upload(
         OutputError: no valid name, no permission, or a Hub that cannot be reached.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        LocalTokenNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     hub = hub_address(endpoint)
     if not _REPO_ID.fullmatch(repo_id):
@@ -292,6 +302,8 @@ def upload(
         raise OutputError(
             f"cannot push to {repo_id}: it has no branch {revision!r}; make it first, or leave revision out"
         ) from error
+    except LocalTokenNotFoundError as error:
+        raise OutputError(f"cannot push to {repo_id}: {NO_TOKEN}") from error
     except _client_errors() as error:
         status = http_status(error)
         if status in (401, 403):

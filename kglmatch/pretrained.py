@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from kglmatch.config import KGLNetConfig
-from kglmatch.errors import WeightsError
+from kglmatch.errors import ConfigError, WeightsError
 from kglmatch.files import atomic_output, make_folder
 from kglmatch.hub import HubOptions, download, parse_hub_name
 
@@ -95,9 +95,9 @@ def resolve(name: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
     if isinstance(found, ModelFiles):
         missing = [path.name for path in (found.config, found.weights) if not path.is_file()]
         if missing:
-            raise WeightsError(
-                f"{found.config.parent} is not a model folder: it lacks {' and '.join(missing)}"
-            )
+            what = "is damaged" if found.source == "bundled" else "is not a model folder"
+            advice = f"; {_way_out(found)}" if found.source == "bundled" else ""
+            raise WeightsError(f"{found.config.parent} {what}: it lacks {' and '.join(missing)}{advice}")
         return found
     repo_id, hub["revision"] = found
     snapshot = download(repo_id, [CONFIG_FILE, WEIGHTS_FILE], **hub)
@@ -171,7 +171,7 @@ def load_config(name: str | Path, **hub: Unpack[HubOptions]) -> KGLNetConfig:
     Raises:
         ConfigError: a wrong `config.json`.
     """
-    return KGLNetConfig.from_file(resolve(name, **hub).config)
+    return _read_config(resolve(name, **hub))
 
 
 def load_model(name: str | Path, **hub: Unpack[HubOptions]) -> tuple[dict[str, Tensor], KGLNetConfig]:
@@ -189,10 +189,19 @@ def load_model(name: str | Path, **hub: Unpack[HubOptions]) -> tuple[dict[str, T
 
 def load_files(files: ModelFiles) -> tuple[dict[str, Tensor], KGLNetConfig]:
     """Reads what `resolve` found. Returns and raises as `load_model`."""
-    config = KGLNetConfig.from_file(files.config)
+    config = _read_config(files)
     state = _read_safetensors(files)
     check_fit(state, config, files.weights)
     return state, config
+
+
+def _read_config(files: ModelFiles) -> KGLNetConfig:
+    try:
+        return KGLNetConfig.from_file(files.config)
+    except ConfigError as error:
+        if files.source != "hub":
+            raise
+        raise ConfigError(f"{error}; if the cache is damaged, {_way_out(files)}") from error
 
 
 def _read_safetensors(files: ModelFiles) -> dict[str, Tensor]:

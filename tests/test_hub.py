@@ -21,8 +21,15 @@ from huggingface_hub import ModelCard as HubCard
 from huggingface_hub import constants
 
 from kglmatch import Matcher, hub
-from kglmatch.errors import KGLMatchError, OutputError, WeightsError
-from kglmatch.pretrained import DEFAULT_MODEL, load_model, resolve, resolve_onnx, weights_root
+from kglmatch.errors import ConfigError, KGLMatchError, OutputError, WeightsError
+from kglmatch.pretrained import (
+    DEFAULT_MODEL,
+    load_config,
+    load_model,
+    resolve,
+    resolve_onnx,
+    weights_root,
+)
 
 REPO = "owner/name"
 WEIGHTS = "model.safetensors"
@@ -316,6 +323,13 @@ def test_wrong_token(server, options):
     assert "refuses owner/name to this token (HTTP 401)" in refusal(token="hf_wrong", **options)
 
 
+def test_token_that_is_not_stored(server, options, matcher):
+    assert "none is stored here" in refusal(token=True, **options)
+    with pytest.raises(OutputError, match="none is stored here"):
+        matcher.push_to_hub(REPO, token=True, endpoint=server.url)
+    assert server.requests == []
+
+
 def test_wrong_revision(server, options):
     assert "owner/name has no revision 'v9'" in refusal(f"{REPO}@v9", **options)
     resolve(REPO, **options)
@@ -404,6 +418,14 @@ def test_half_written_cache(server, options, files, damage):
     with pytest.raises(WeightsError, match=r"model\.safetensors is damaged.*force_download=True"):
         load_model(REPO, **options)
     assert resolve(REPO, force_download=True, **options).weights.read_bytes() == content
+
+
+def test_half_written_configuration(server, options, files):
+    config = resolve(REPO, **options).config
+    config.resolve().write_bytes(files["config.json"][:30])
+    with pytest.raises(ConfigError, match=r"config\.json is not valid JSON.*force_download=True"):
+        load_config(REPO, **options)
+    assert load_config(REPO, force_download=True, **options).ir_kind == "nir"
 
 
 def test_dangling_link_in_the_cache(server, options, files):

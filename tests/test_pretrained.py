@@ -117,6 +117,12 @@ def test_damaged_bundled_weights_are_noticed(bundled):
         load_model(DEFAULT_MODEL)
 
 
+def test_bundled_model_that_lacks_a_file(bundled):
+    (bundled / DEFAULT_MODEL / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"lacks model\.safetensors; install kglmatch again"):
+        load_model(DEFAULT_MODEL)
+
+
 def test_bundled_weights_without_checksum(bundled):
     (bundled / CHECKSUMS_FILE).write_text("")
     with pytest.raises(WeightsError, match=f"lacks {DEFAULT_MODEL}"):
