@@ -212,7 +212,7 @@ def draw_displacement(vis_image: Any, check: RegistrationCheck) -> Picture:
 
     _draw_dots(canvas, pane.place(check.points[~check.judged]), _QUIET_TEXT, 1.5)
     points, moved = check.points[check.judged], check.displacement[check.judged]
-    factor = _arrow_factor(moved, np.sqrt(width * height / max(len(check.points), 1)))
+    factor = _arrow_factor(moved, check.image_size)
     start, end = pane.place(points), pane.place(points + factor * moved)
     shade = np.clip(2 * check.certainty[check.judged] - 1, 0, 1) * (len(_CERTAINTY) - 1)
     for number, colour in enumerate(_CERTAINTY):
@@ -450,11 +450,15 @@ def _draw_arrows(
 _ROUND = (1.0, 2.0, 5.0)
 
 
-def _arrow_factor(moved: NDArray[np.floating], spacing: float) -> float:
-    """A round factor that makes the long arrows about as long as the points are apart."""
-    longest = float(np.percentile(np.linalg.norm(moved, axis=1), 95)) if len(moved) else 1.0
-    most = spacing / max(longest, 0.02)
-    return max([1.0, *(r * 10**power for power in range(3) for r in _ROUND if r * 10**power <= most)])
+def _arrow_factor(moved: NDArray[np.floating], size: tuple[int, int]) -> float:
+    """A round factor, 1 to 100: no arrow longer than a quarter of the image, most a twelfth or less."""
+    if not len(moved):
+        return 1.0
+    length = np.maximum(np.linalg.norm(moved, axis=1), 1e-6)
+    most = max(size) * min(1 / 12 / np.percentile(length, 95), 1 / 4 / length.max())
+    return max(
+        r * 10.0**power for power in range(3) for r in _ROUND if r * 10**power <= max(min(most, 100), 1)
+    )
 
 
 def _key_length(factor: float, room: float) -> float:

@@ -37,8 +37,8 @@ RIG_MAX_ROTATION, RIG_MAX_SCALE = 5.0, 1.1
 # Outputs of one VIS and one IR.
 _SINGLE = ("overlay", "checkerboard", "matches", "yml", "gcp")
 
-EPILOG = """exit code: 0 if every image was registered (or is doubtful, which is said), 1 if one failed, which is
-then not written, 2 for a mistake.
+EPILOG = """exit code: 0 if every image was registered (or is doubtful, which is said), 1 if one failed,
+which is then not written, 2 for a mistake.
 
 examples:
   kglmatch register scene_vis.png scene_nir.tif -o aligned.tif --overlay overlay.png
