@@ -253,7 +253,8 @@ def _way_out(files: ModelFiles) -> str:
     if files.source == "bundled":
         return f"install kglmatch again, or in a checkout run `{CHECKSUMS_COMMAND}` in {weights_root()}"
     if files.source == "hub":
-        return "download it again with force_download=True"
+        folder = files.config.parents[2]  # of the repository, in the cache
+        return f"download it again with force_download=True, or remove {folder}"
     return "copy or export it again"
 
 
