@@ -1,0 +1,41 @@
+"""Draws the picture of the README: the example pair, its matches, and how well the two fit.
+
+python examples/make_readme_picture.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from kglmatch import Matcher, load_image
+from kglmatch.files import atomic_output
+from kglmatch.visualize import draw_matches
+
+ROOT = Path(__file__).resolve().parents[1]
+QUALITY = 85
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--max-keypoints", type=int, default=2048, help="of each image")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/images/matches.jpg", help="file to write")
+    args = parser.parse_args()
+
+    vis, ir = (load_image(ROOT / f"examples/data/sentinel2_{band}.tif") for band in ("red", "nir"))
+    matches = Matcher.from_pretrained("kglnet-vis-nir").match_images(
+        vis, ir, max_displacement=8, max_keypoints=args.max_keypoints
+    )
+    picture = Image.fromarray(draw_matches(vis, ir, matches, max_lines=60))
+    encoded = io.BytesIO()
+    picture.save(encoded, "JPEG", quality=QUALITY, optimize=True, progressive=True, subsampling=0)
+    with atomic_output(args.out) as temporary:
+        temporary.write_bytes(encoded.getvalue())
+    print(f"{args.out}: {len(matches)} matches, {len(encoded.getvalue()) / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
