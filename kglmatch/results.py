@@ -145,7 +145,7 @@ class RegistrationCheck:
             "judged_share": round(self.judged_share, 3),
             "image_size": list(self.image_size),
             "points": self.points.tolist(),
-            "displacement": np.round(self.displacement.astype(float), 3).tolist(),
+            "displacement": [[number(x), number(y)] for x, y in self.displacement.astype(float)],
             "certainty": np.round(self.certainty.astype(float), 3).tolist(),
             "judged": self.judged.tolist(),
         }
