@@ -303,11 +303,17 @@ def _brought_together(
 
 def _even_contrast(image: NDArray[np.float32], covered: NDArray[np.bool_]) -> NDArray[np.float32]:
     """The image with about the same mean and contrast everywhere, in [0, 1]; 0 where not covered."""
-    sigma = max(image.shape) / 16
-    weight = cv2.GaussianBlur(covered.astype(np.float32), (0, 0), sigma) + 1e-6
+    size = image.shape[1], image.shape[0]
+    small = max(1, size[0] // 8), max(1, size[1] // 8)
+
+    def around(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        reduced = cv2.resize(values, small, interpolation=cv2.INTER_AREA)
+        blurred = cv2.GaussianBlur(reduced, (0, 0), max(small) / 16)
+        return cv2.resize(blurred, size, interpolation=cv2.INTER_LINEAR).astype(np.float32)
+
+    weight = around(covered.astype(np.float32)) + np.float32(1e-6)
     inside = image * covered
-    mean = cv2.GaussianBlur(inside, (0, 0), sigma) / weight
-    square = cv2.GaussianBlur(inside * inside, (0, 0), sigma) / weight
+    mean, square = around(inside) / weight, around(inside * inside) / weight
     deviation = np.sqrt(np.maximum(square - mean * mean, 0))
     even: NDArray[np.float32] = np.clip(0.5 + 0.2 * (image - mean) / (deviation + 0.03), 0, 1) * covered
     return even.astype(np.float32)

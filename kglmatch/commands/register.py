@@ -295,15 +295,29 @@ def _write_pair(
 
 def _warp(found: Registration, raw: NDArray[Any], nodata: float | None) -> NDArray[Any]:
     """The image laid onto the visible one; nodata does not mix into the pixels beside it."""
+    import cv2
     import numpy as np
 
-    if nodata is None:
+    from kglmatch.results import warp_image
+
+    if nodata is None or found.transform is None:
         return found.warp(raw)
     # As `load_image` sees it: all colour channels alike; alpha is no colour.
     colours = raw[..., : 1 if raw.shape[2] < 3 else 3] if raw.ndim == 3 else raw[..., None]
-    has_data = (colours != nodata).any(axis=2)
+    hole = (colours == nodata).all(axis=2)
+    if hole.any() and not hole.all():
+        # The nearest pixel with data stands in for the resampling.
+        _, labels = cv2.distanceTransformWithLabels(
+            hole.astype(np.uint8), cv2.DIST_L2, 3, labelType=cv2.DIST_LABEL_PIXEL
+        )
+        nearest = np.empty(labels.max() + 1, np.int64)
+        nearest[labels[~hole]] = np.arange(np.count_nonzero(~hole))
+        raw = raw.copy()
+        raw[hole] = raw[~hole][nearest[labels[hole]]]
     moved = found.warp(raw, nodata=nodata)
-    moved[found.warp(has_data.astype(np.uint8) * 255) < 255] = nodata
+    full = np.where(hole, 0, 255).astype(np.uint8)
+    covered = warp_image(full, found.transform, found.vis_size, interpolation=cv2.INTER_LINEAR)
+    moved[covered < 255] = nodata
     return moved
 
 
