@@ -12,6 +12,9 @@ _PUBLIC = {
     "Matcher": "kglmatch.matcher",
     "Features": "kglmatch.features",
     "Matches": "kglmatch.features",
+    "Registration": "kglmatch.results",
+    "RegistrationCheck": "kglmatch.results",
+    "BandRegistration": "kglmatch.results",
     "KGLNetConfig": "kglmatch.config",
     "KGLMatchError": "kglmatch.errors",
     "detect_keypoints": "kglmatch.keypoints",
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from kglmatch.matcher import Matcher
     from kglmatch.patches import extract_patches
     from kglmatch.pretrained import list_pretrained
+    from kglmatch.results import BandRegistration, Registration, RegistrationCheck
 
 
 def __getattr__(name: str) -> Any:

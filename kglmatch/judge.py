@@ -30,6 +30,7 @@ Image = NDArray[np.float32]
 
 _PLACES = 48  # that the network looks at
 _ALTERNATIVES = 2
+_JUDGED_SHARE = 0.05
 _INLIER_VOTE, _INLIER_RESIDUAL = 0.5, 2.0  # vote of a window; pixels
 # Below the first, "failed"; from the second on, "registered". Set on pairs of the training folders,
 # related and not (`benchmarks/registration.py --unrelated`).
@@ -161,10 +162,12 @@ def check(matcher: Matcher, vis: Image, ir: Image, *, max_displacement: float) -
             judged_share=0.0,
             image_size=size,
         )
+    # A few points say little about an image.
+    enough = field.judged.mean() >= _JUDGED_SHARE
     moved = field.displacement[field.judged]
     length = np.linalg.norm(moved, axis=1)
     return RegistrationCheck(
-        verdict=registration.verdict,
+        verdict=registration.verdict if enough else "doubtful",
         points=field.points.astype(np.float32),
         displacement=field.displacement.astype(np.float32),
         certainty=field.certainty.astype(np.float32),

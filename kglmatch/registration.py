@@ -43,7 +43,7 @@ _MIN_WINDOWS = 8
 # A transform with more parameters must win so much more of the held-out votes.
 _KIND_GAIN = 1.01
 _CANDIDATES: tuple[TransformKind, ...] = ("similarity", "affine", "homography")
-_CLEAR_PEAK = 2.6  # standard deviations above a surface's mean
+_CLEAR_PEAK = 2.2  # standard deviations above a surface's mean
 
 
 @dataclass(frozen=True)
