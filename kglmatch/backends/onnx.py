@@ -75,7 +75,8 @@ class OnnxBackend:
     """Runs exported graphs; see `kglmatch.backends.base.Backend` for the calls.
 
     On the CPU, metric maps are numpy arrays. On CUDA they stay in device memory as `DeviceMaps`, and
-    each batch is padded to `batch_size`, so that convolutions are tuned for one shape.
+    each batch is padded to `batch_size`, so that convolutions are tuned for one shape. Threads on the
+    CPU are as many as OMP_NUM_THREADS says, as in PyTorch, else one for each core.
 
     Args:
         folder: what `kglmatch export --onnx` wrote.
@@ -576,6 +577,8 @@ def _read(path: Path) -> bytes:
 def _make_session(graph: str | bytes, providers: Sequence[Provider]) -> Session:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    options.intra_op_num_threads = int(threads) if threads.isdecimal() else 0
     names = [name for name, _ in providers]
     if CUDA in names or TENSORRT in names:
         # Finds CUDA and cuDNN in packages from pip, which are on no library path.

@@ -1,0 +1,258 @@
+"""How fast the network runs: the published way in eager PyTorch, our PyTorch backend, onnxruntime.
+
+    python benchmarks/inference.py                    # CPU, 64 pairs at once
+    python benchmarks/inference.py --device cuda --pairs 2048
+    OMP_NUM_THREADS=1 python benchmarks/inference.py --cpu-time     # a machine that others use, too
+
+All contenders run by turns in one process, so that what else the machine does falls on all of them. A
+pair is two descriptors, two metric maps and the score; arrays come from and go to numpy. The published
+way runs each stem twice, once for each branch, in float32 and PyTorch's default layout, and FRN as
+separate operations.
+
+The matrix product of the same run is the yardstick: a convolution cannot do more multiplications a
+second than that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kglmatch import Matcher
+from kglmatch.network import ConvBlock, KGLNet
+from kglmatch.pretrained import load_model
+
+MATRIX = 2048
+Clock = Callable[[], float]
+
+
+# --- the published way ----------------------------------------------------------------------------
+
+
+def plain_frn_tlu(x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
+    mean_square = torch.mean(x.pow(2), dim=(2, 3), keepdim=True)
+    x = x * torch.rsqrt(mean_square + 1e-6)
+    return torch.max(norm.weight * x + norm.bias, activation.tau)
+
+
+def plain_block(block: ConvBlock, x: Tensor) -> Tensor:
+    if block.input_norm is not None:
+        x = plain_frn_tlu(x, block.input_norm, block.input_activation)
+    x = plain_frn_tlu(block.conv(x), block.norm, block.activation)
+    if block.attention is not None:
+        mean = F.adaptive_avg_pool2d(x, 1).squeeze(-1).transpose(1, 2)
+        weight = torch.sigmoid(block.attention.conv(mean)).transpose(1, 2).unsqueeze(-1)
+        x = x * weight.expand_as(x)
+    return x
+
+
+def plain_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
+    for block in blocks:
+        x = plain_block(block, x)
+    return x
+
+
+def plain_descriptors(net: KGLNet, x: Tensor, modality: str) -> Tensor:
+    stem = plain_blocks(net.stem.select(modality), x)
+    descriptor_map = plain_blocks(net.descriptor_trunk.select(modality), stem)
+    return F.normalize(net.descriptor_head(descriptor_map, modality), dim=1)
+
+
+def plain_maps(net: KGLNet, x: Tensor, modality: str) -> Tensor:
+    return plain_blocks(net.metric_trunk.select(modality), plain_blocks(net.stem.select(modality), x))
+
+
+def plain_scores(net: KGLNet, vis: Tensor, ir: Tensor) -> Tensor:
+    head = net.metric_head
+    x = torch.abs(plain_maps(net, vis, "vis") - plain_maps(net, ir, "ir"))
+    x = plain_frn_tlu(head.conv(x), head.norm, head.activation)
+    x = F.adaptive_avg_pool2d(x, 1).flatten(1)
+    return torch.sigmoid(head.fc3(F.relu(head.fc2(F.relu(head.fc1(x))))))
+
+
+# --- contenders -----------------------------------------------------------------------------------
+
+
+def published(model: str, device: str) -> tuple[Callable, Callable]:
+    """Functions of numpy patches: all of a pair, and descriptors alone."""
+    state, config = load_model(model)
+    net = KGLNet(config).eval()
+    net.load_state_dict(state)
+    net.eval().requires_grad_(False).to(device)
+
+    def to_device(patches: np.ndarray) -> Tensor:
+        return torch.from_numpy(patches).unsqueeze(1).to(device)
+
+    @torch.no_grad()
+    def pairs(vis: np.ndarray, ir: np.ndarray) -> list[np.ndarray]:
+        a, b = to_device(vis), to_device(ir)
+        out = plain_descriptors(net, a, "vis"), plain_descriptors(net, b, "ir"), plain_scores(net, a, b)
+        return [tensor.cpu().numpy() for tensor in out]
+
+    @torch.no_grad()
+    def descriptors(vis: np.ndarray) -> np.ndarray:
+        return plain_descriptors(net, to_device(vis), "vis").cpu().numpy()
+
+    return pairs, descriptors
+
+
+def ours(matcher: Matcher) -> tuple[Callable, Callable]:
+    def pairs(vis: np.ndarray, ir: np.ndarray) -> list[np.ndarray]:
+        a, b = matcher.describe(vis, "vis"), matcher.describe(ir, "ir")
+        return [a.descriptors, b.descriptors, matcher.score(a, b)]
+
+    return pairs, lambda vis: matcher.describe(vis, "vis", maps=False).descriptors
+
+
+def multiplications(config) -> tuple[float, float]:
+    """Multiply-adds of a pair as we run it (each stem once), and of one descriptor."""
+    net = KGLNet(config).eval()
+    count = 0
+
+    def hook(module: nn.Module, _: object, output: Tensor) -> None:
+        nonlocal count
+        count += module.weight[0].numel() * output.numel()
+
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(hook)
+    x = torch.zeros(1, 1, config.patch_size, config.patch_size)
+    with torch.no_grad():
+        net(x, x)
+        pair, count = count, 0
+        net.describe(x, "vis")
+    return pair, count
+
+
+def matrix_products(device: str, clock: Clock) -> Callable[[], float]:
+    """A function that multiplies two float32 matrices and returns how many GFLOP/s that were."""
+    a, b = (torch.rand(MATRIX, MATRIX, device=device) for _ in range(2))
+
+    def run() -> float:
+        start = clock()
+        torch.mm(a, b)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return 2 * MATRIX**3 / (clock() - start) / 1e9
+
+    return run
+
+
+# --- measurement ----------------------------------------------------------------------------------
+
+
+def check_numbers(results: dict[str, list[np.ndarray]], tolerance: float) -> None:
+    """Ends the program unless all contenders give what the first does."""
+    _, expected = next(iter(results.items()))
+    for name, result in results.items():
+        for value, reference in zip(result, expected, strict=True):
+            if np.abs(value.reshape(reference.shape) - reference).max() > tolerance:
+                raise SystemExit(f"{name} does not give the published network's numbers")
+
+
+def measure(
+    tasks: dict[tuple[str, str], Callable], matrix: Callable[[], float], seconds: float, clock: Clock
+) -> tuple[dict[tuple[str, str], list[float]], list[float]]:
+    """Runs all tasks by turns; returns the seconds of each round, and GFLOP/s of the matrix product."""
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in tasks}
+    peaks: list[float] = []
+    stop = time.perf_counter() + seconds
+    while not peaks or time.perf_counter() < stop:
+        peaks.append(matrix())
+        for key, task in tasks.items():
+            start = clock()
+            task()
+            times[key].append(clock() - start)
+    return times, peaks
+
+
+def print_table(report: dict) -> None:
+    peak = report["matrix_product_gflops"]
+    print(
+        f"{report['device']}, {report['threads']} threads, {report['pairs']} pairs at once, "
+        f"{report['rounds']} rounds; matrix product {peak['median']:.0f} GFLOP/s (best {peak['best']:.0f})"
+    )
+    for what, count in report["multiplications"].items():
+        print(f"\n{what}: {count / 1e6:.1f} million multiply-adds each")
+        print(f"  {'':32}{'per second':>12}{'best':>8}{'ratio':>8}{'of peak':>9}")
+        for row in report["contenders"]:
+            print(
+                f"  {row['name']:32}{row[f'{what}_per_second']:12.1f}{row[f'{what}_best']:8.1f}"
+                f"{row[f'{what}_ratio']:8.2f}{row[f'{what}_of_peak']:9.0%}"
+            )
+    print("\nper second, and ratio to the published way of the same round: medians; of peak: best to best")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="kglnet-vis-nir")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pairs", type=int, default=64, help="pairs at once (default: 64)")
+    parser.add_argument("--seconds", type=float, default=60, help="time to measure (default: 60)")
+    parser.add_argument("--dtype", help="of our backends (default: float16 on CUDA, float32 on the CPU)")
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU time; needs OMP_NUM_THREADS=1")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    if args.cpu_time and torch.get_num_threads() != 1:
+        parser.error("--cpu-time needs OMP_NUM_THREADS=1")
+    clock = time.process_time if args.cpu_time else time.perf_counter
+
+    options = {"device": args.device, "dtype": args.dtype}
+    by_torch = Matcher.from_pretrained(args.model, **options)
+    by_onnx = Matcher.from_pretrained(args.model, backend="onnx", **options)
+    contenders = {
+        "published, eager PyTorch": published(args.model, args.device),
+        f"kglmatch, PyTorch {by_torch.backend.dtype}": ours(by_torch),
+        f"kglmatch, ONNX {by_onnx.backend.dtype}": ours(by_onnx),
+    }
+    size = by_torch.config.patch_size
+    rng = np.random.default_rng(0)
+    vis, ir = (rng.random((args.pairs, size, size), dtype=np.float32) for _ in range(2))
+    full_precision = by_torch.backend.dtype == by_onnx.backend.dtype == "float32"
+    results = {name: pairs(vis, ir) for name, (pairs, _) in contenders.items()}
+    check_numbers(results, tolerance=1e-4 if full_precision else 2e-2)
+
+    tasks: dict[tuple[str, str], Callable] = {}
+    for name, (pairs, descriptors) in contenders.items():
+        tasks[name, "pairs"] = lambda run=pairs: run(vis, ir)
+        tasks[name, "descriptors"] = lambda run=descriptors: run(vis)
+        tasks[name, "descriptors"]()
+    times, peaks = measure(tasks, matrix_products(args.device, clock), args.seconds, clock)
+
+    macs = dict(zip(("pairs", "descriptors"), multiplications(by_torch.config), strict=True))
+    base, *_ = contenders
+    rows = []
+    for name in contenders:
+        row: dict[str, object] = {"name": name}
+        for what, count in macs.items():
+            own, reference = times[name, what], times[base, what]
+            row[f"{what}_per_second"] = args.pairs / statistics.median(own)
+            row[f"{what}_best"] = args.pairs / min(own)
+            row[f"{what}_ratio"] = statistics.median(r / t for r, t in zip(reference, own, strict=True))
+            row[f"{what}_of_peak"] = args.pairs / min(own) * 2 * count / 1e9 / max(peaks)
+        rows.append(row)
+    report = {
+        "device": args.device,
+        "threads": torch.get_num_threads(),
+        "pairs": args.pairs,
+        "rounds": len(peaks),
+        "matrix_product_gflops": {"median": statistics.median(peaks), "best": max(peaks)},
+        "multiplications": macs,
+        "contenders": rows,
+    }
+    if args.json:
+        print(json.dumps(report))
+    else:
+        print_table(report)
+
+
+if __name__ == "__main__":
+    main()
