@@ -16,6 +16,7 @@ from kglmatch.commands.common import (
     positive_int,
     print_json,
     say,
+    seed,
 )
 from kglmatch.errors import KGLMatchError, OutputError
 
@@ -57,7 +58,7 @@ def add_parser(subparsers: Any) -> None:
         type=positive_int,
         help="at most N matching and N other pairs a subset, drawn at random (default: all)",
     )
-    parser.add_argument("--seed", metavar="S", type=_seed, default=0, help="of the draw (default: 0)")
+    parser.add_argument("--seed", metavar="S", type=seed, default=0, help="of the draw (default: 0)")
     parser.add_argument(
         "--registration",
         action="store_true",
@@ -156,10 +157,3 @@ def _check(args: argparse.Namespace) -> None:
 
 def _peers(text: str) -> tuple[str, ...]:
     return () if text == "none" else tuple(name.strip() for name in text.split(","))
-
-
-def _seed(text: str) -> int:
-    # What `numpy.random.RandomState` takes.
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 4294967295, got {text!r}")
-    return int(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,34 +23,38 @@ class TrainingConfig:
     """A training run. The defaults of the losses are the paper's.
 
     Args:
-        data: folder of registered image pairs (see `kglmatch.datasets.find_image_pairs`).
-        validation_images: so many images at the end of the numbering are held out of training and
-            choose the checkpoint.
-        validation_pairs: matching pairs drawn from them (and as many non-matching ones).
+        data: folder of registered image pairs, or a patch file, of which the matching pairs are used
+            (see `kglmatch.datasets.find_patch_sources`).
+        validation_images: so many images (of a patch file: pairs) at the end of the numbering are held
+            out of training and choose the model that is kept.
+        validation_pairs: at most so many matching pairs drawn from them, and as many non-matching ones.
         max_points: points an image, strongest first.
-        init: model to start from (bundled name or folder); None starts from random weights.
+        init: model to start from (bundled name, folder or Hub id); None starts from random weights.
         seed: of weights, batches and augmentation.
         steps: length of the run in batches.
-        batch_size: matching pairs a batch; negatives are mined among them.
-        learning_rate: of everything but the metric head.
+        batch_size: matching pairs a batch, over all processes; negatives are mined among them.
+        learning_rate: Adam's, of everything but the metric head.
         metric_head_learning_rate: of the metric head.
         schedule: "constant", "decay" (constant, then a cosine over the last `decay_fraction`),
-            "cosine" (over the whole run) or "one-cycle".
+            "cosine" (over the whole run) or "one-cycle"; see `kglmatch.training.rate_factor`.
         warmup_steps: linear rise from zero, in every schedule but one-cycle.
-        decay_fraction: see "decay".
+        decay_fraction: share of the run, see "decay".
+        margin, alpha: of the hybrid triplet loss.
         norm_weight, guided_weight, metric_weight: factors of the losses beside the triplet loss;
             0 switches one off and computes none of it.
-        margin, alpha: of the hybrid triplet loss.
         negatives: what the metric head sees beside the positives: "hard" (HNSM-M), "random", or
             "both" (as many of each).
         min_negative_distance: pixels; nearer points of one image are not each other's negatives.
         max_gradient_norm: gradients are clipped to it; 0 leaves them.
-        ema_decay: of the averaged weights that are validated and saved, a step.
-        precision: of convolutions; the losses are float32 always.
-        compile: use `torch.compile`.
+        ema_decay: a step, of the averaged weights that are validated and saved.
+        precision: of the network's arithmetic; weights and losses are float32 always.
+        compile: use `torch.compile`, which needs a C++ compiler, or Triton on CUDA.
         log_every, validate_every, checkpoint_every: steps.
         augmentation: see `Augmentation`.
-        network: see `KGLNetConfig`; with `init`, the model's own.
+        network: see `KGLNetConfig`; with `init`, the model's own is used.
+
+    Raises:
+        ConfigError: a value outside what is described above.
     """
 
     data: str
@@ -65,11 +70,11 @@ class TrainingConfig:
     schedule: str = "decay"
     warmup_steps: int = 100
     decay_fraction: float = 0.4
+    margin: float = 1.2
+    alpha: float = 2.0
     norm_weight: float = 0.1
     guided_weight: float = 1.0
     metric_weight: float = 1.0
-    margin: float = 1.2
-    alpha: float = 2.0
     negatives: str = "hard"
     min_negative_distance: float = 8.0
     max_gradient_norm: float = 0.0
@@ -85,23 +90,15 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name, known in (("schedule", SCHEDULES), ("negatives", NEGATIVES), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
-                raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        for name in ("steps", "validation_images", "validation_pairs", "max_points"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("log_every", "validate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.batch_size < 2:
-            raise ConfigError(
-                f"batch_size must be at least 2 (negatives are mined in it), got {self.batch_size}"
-            )
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name, lowest in _LOWEST.items():
+            if not lowest <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be a number of at least {lowest}, got {getattr(self, name)}")
         for name in ("learning_rate", "metric_head_learning_rate"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("norm_weight", "guided_weight", "metric_weight", "warmup_steps", "max_gradient_norm"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed must be below 2^32, got {self.seed}")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if not 0 <= self.decay_fraction <= 1:
@@ -111,14 +108,33 @@ class TrainingConfig:
     def from_dict(cls, values: dict[str, Any], *, origin: str = "training config") -> TrainingConfig:
         """Builds a config from plain values, with `augmentation` and `network` as tables.
 
+        Args:
+            origin: where the values come from, for errors.
+
         Raises:
             ConfigError: an unknown key, a value of another type, or a value out of range.
         """
-        return _build(cls, values, origin)
+        tables: dict[str, Any] = {}
+        for name, table in (("augmentation", Augmentation), ("network", KGLNetConfig)):
+            if name in values:
+                if not isinstance(values[name], dict):
+                    raise ConfigError(f"{origin}: {name} must be a table, got {values[name]!r}")
+                tables[name] = _build(table, values[name], f"{origin} [{name}]")
+        if "data" not in values:
+            raise ConfigError(f"{origin} lacks `data`, the folder of image pairs to train on")
+        config: TrainingConfig = _build(cls, {**values, **tables}, origin)
+        return config
 
     @classmethod
-    def from_toml(cls, path: str | Path) -> TrainingConfig:
-        """Reads a TOML file. A relative `data` is relative to the working directory."""
+    def from_toml(cls, path: str | Path, **overrides: Any) -> TrainingConfig:
+        """Reads a TOML file. A relative `data` or `init` is relative to the working directory.
+
+        Args:
+            overrides: values that take the place of the file's.
+
+        Raises:
+            ConfigError: as for `from_dict`, or a file that cannot be read.
+        """
         path = Path(path)
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -126,39 +142,56 @@ class TrainingConfig:
             raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from error
-        return cls.from_dict(values, origin=str(path))
+        return cls.from_dict({**values, **overrides}, origin=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `from_dict` reads them."""
         return dataclasses.asdict(self)
 
 
-_TABLES = {"augmentation": Augmentation, "network": KGLNetConfig}
+_LOWEST: dict[str, int] = {
+    "validation_images": 1,
+    "validation_pairs": 1,
+    "max_points": 1,
+    "seed": 0,
+    "steps": 1,
+    "batch_size": 2,  # negatives are mined among the others
+    "warmup_steps": 0,
+    "margin": 0,
+    "alpha": 0,
+    "norm_weight": 0,
+    "guided_weight": 0,
+    "metric_weight": 0,
+    "min_negative_distance": 0,
+    "max_gradient_norm": 0,
+    "log_every": 1,
+    "validate_every": 1,
+    "checkpoint_every": 1,
+}
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "str | None": (str, type(None)),
+}
 
 
 def _build(cls: type, values: dict[str, Any], origin: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
+    """An instance of a config class, whose fields are checked by their annotations."""
+    annotations = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(annotations))
     if unknown:
-        raise ConfigError(f"{origin} has unknown keys {unknown}; known are {sorted(fields)}")
-    if "data" in fields and "data" not in values:
-        raise ConfigError(f"{origin} lacks `data`, the folder of image pairs to train on")
-    checked: dict[str, Any] = {}
+        raise ConfigError(
+            f"{origin} has unknown keys {', '.join(unknown)}; known are {', '.join(annotations)}"
+        )
     for name, value in values.items():
-        if name in _TABLES and cls is TrainingConfig:
-            if not isinstance(value, dict):
-                raise ConfigError(f"{origin}: {name} must be a table, got {value!r}")
-            checked[name] = _build(_TABLES[name], value, f"{origin} [{name}]")
-            continue
-        kind = str(fields[name].type)
-        right = {
-            "int": isinstance(value, int) and not isinstance(value, bool),
-            "float": isinstance(value, int | float) and not isinstance(value, bool),
-            "bool": isinstance(value, bool),
-            "str": isinstance(value, str),
-            "str | None": value is None or isinstance(value, str),
-        }.get(kind, True)
-        if not right:
-            raise ConfigError(f"{origin}: {name} must be {kind}, got {value!r}")
-        checked[name] = value
-    return cls(**checked)
+        # Fields of other types are tables, which check themselves.
+        types = _TYPES.get(annotations[name])
+        if types and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+            raise ConfigError(f"{origin}: {name} must be {annotations[name]}, got {value!r}")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error

@@ -1,4 +1,4 @@
-"""The training objective, one function a term.
+"""The terms of the training objective, one function each.
 
 Source: HyNet's hybrid loss (Tian et al., NeurIPS 2020) and KGL-Net's feature-guided loss and metric
 loss (arXiv 2412.11161). Sums and means are as in the published code: the descriptor terms are sums

@@ -22,6 +22,14 @@ def hard_negatives(distances: Tensor, same_place: Tensor) -> Tensor:
 
 
 def random_negatives(same_place: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """For each visible patch a random ir patch of another place: (N, N) bool -> (N,) int64 columns."""
+    """For each visible patch a random ir patch of another place.
+
+    Args:
+        same_place: (N, N) bool, as for `hard_negatives`.
+        generator: source of the draw, on the matrix's device.
+
+    Returns:
+        (N,) int64 columns.
+    """
     draw = torch.rand(same_place.shape, generator=generator, device=same_place.device)
     return draw.masked_fill(same_place, -1).argmax(1)

@@ -1,175 +1,149 @@
-"""The training loop: batches, losses, checkpoints, validation."""
+"""The training loop: batches, steps, checkpoints, validation."""
 
 from __future__ import annotations
 
-import contextlib
-import json
+import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
-from kglmatch import metrics
-from kglmatch.datasets import PatchPairs, ScenePairs, find_image_pairs, load_scene_pairs, sample_patch_pairs
-from kglmatch.errors import ConfigError, DataError, WeightsError
-from kglmatch.files import atomic_output
+from kglmatch.config import KGLNetConfig
+from kglmatch.errors import ConfigError, DataError
 from kglmatch.network import KGLNet
-from kglmatch.training import losses, mining
+from kglmatch.pretrained import load_model
+from kglmatch.training.batch_objective import objective
 from kglmatch.training.config import TrainingConfig
-from kglmatch.training.sampling import Batch, PatchSampler
+from kglmatch.training.data import load_training_data
+from kglmatch.training.parallel import join_processes, share_batch_norm
+from kglmatch.training.run_folder import CHECKPOINT, RunFolder, load_checkpoint
+from kglmatch.training.sampling import PatchSampler
 from kglmatch.training.schedule import rate_factor
+from kglmatch.training.validation import merit, validate
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT = "checkpoint.pt"
-LOG = "log.jsonl"
-MODEL = "model"
-_TIMED_STEPS = 12  # steps whose pace a time budget is divided by; the first ones compile
-
-
-@dataclass(frozen=True)
-class StepLosses:
-    """The terms of one batch's objective, and what they add up to."""
-
-    descriptor: Tensor
-    guided: Tensor
-    metric: Tensor
-    total: Tensor
-
-
-def objective(net: KGLNet, batch: Batch, config: TrainingConfig, step: int = 0) -> StepLosses:
-    """The training objective of a batch of matching pairs; a part whose weight is 0 is not computed."""
-    vis, ir = net.branches(batch.vis, "vis"), net.branches(batch.ir, "ir")
-    raw_vis, raw_ir = vis.raw_descriptor.float(), ir.raw_descriptor.float()
-    descriptor_vis, descriptor_ir = F.normalize(raw_vis, dim=1), F.normalize(raw_ir, dim=1)
-    zero = raw_vis.new_zeros(())
-
-    descriptor = losses.hybrid_triplet_loss(
-        descriptor_vis, descriptor_ir, batch.same_place, margin=config.margin, alpha=config.alpha
-    )
-    if config.norm_weight:
-        descriptor = descriptor + config.norm_weight * losses.norm_loss(raw_vis, raw_ir)
-
-    guided = zero
-    if config.guided_weight:
-        guided = losses.feature_guided_loss(
-            vis.descriptor_map.float(), vis.metric_map.float()
-        ) + losses.feature_guided_loss(ir.descriptor_map.float(), ir.metric_map.float())
-
-    metric = zero
-    if config.metric_weight:
-        chosen = []
-        if config.negatives in ("hard", "both"):
-            distances = losses.descriptor_distances(descriptor_vis.detach(), descriptor_ir.detach())
-            chosen.append(mining.hard_negatives(distances, batch.same_place))
-        if config.negatives in ("random", "both"):
-            generator = torch.Generator(raw_vis.device)
-            generator.manual_seed(config.seed * 1_000_003 + step)
-            chosen.append(mining.random_negatives(batch.same_place, generator))
-        positive = net.metric_head(vis.metric_map, ir.metric_map).float()
-        negative = torch.cat(
-            [net.metric_head(vis.metric_map, ir.metric_map[rows]).float() for rows in chosen]
-        )
-        metric = losses.metric_loss(positive, negative)
-    total = descriptor + config.guided_weight * guided + config.metric_weight * metric
-    return StepLosses(descriptor, guided, metric, total)
-
-
-@torch.inference_mode()
-def validate(net: KGLNet, pairs: PatchPairs, batch_size: int = 128) -> dict[str, float]:
-    """FPR95 (percent) of descriptor and metric head on labelled patches, and the head's cross-entropy."""
-    was_training = net.training
-    net.eval()
-    device = next(net.parameters()).device
-    similarity, logits = [], []
-    for start in range(0, len(pairs), batch_size):
-        rows = slice(start, start + batch_size)
-        vis, ir = (
-            torch.from_numpy(patches[rows]).to(device).unsqueeze(1).float() / 255
-            for patches in (pairs.vis, pairs.ir)
-        )
-        descriptor_vis, map_vis = net.encode(vis, "vis")
-        descriptor_ir, map_ir = net.encode(ir, "ir")
-        similarity.append((descriptor_vis * descriptor_ir).sum(1).cpu())
-        logits.append(net.metric_head(map_vis, map_ir).float().cpu())
-    net.train(was_training)
-    descriptor, metric = torch.cat(similarity).numpy(), torch.cat(logits)
-    return {
-        "descriptor_fpr95": 100 * metrics.fpr_at_recall(descriptor, pairs.labels),
-        "metric_fpr95": 100 * metrics.fpr_at_recall(metric.numpy(), pairs.labels),
-        "descriptor_auc": metrics.roc_auc(descriptor, pairs.labels),
-        "metric_auc": metrics.roc_auc(metric.numpy(), pairs.labels),
-        "metric_cross_entropy": float(
-            F.binary_cross_entropy_with_logits(metric, torch.from_numpy(pairs.labels).float())
-        ),
-    }
+# A time budget is divided by the pace of the first steps: so many, and so large a share of the budget;
+# of these the very first compile, and are left out.
+_TIMED_STEPS = 12
+_COMPILING_STEPS = 2
+_TIMED_SHARE = 0.02
+# Settings that a resumed run may change, since its weights do not depend on them.
+_FREE_SETTINGS = ("compile", "log_every", "checkpoint_every")
 
 
 class Trainer:
-    """One run, in one folder: `checkpoint.pt` to go on from, `log.jsonl`, and `model/` to ship.
+    """One run, in one folder: `checkpoint.pt` to go on from, `log.jsonl`, and `model/` to use.
 
-    A run that was killed goes on from its last checkpoint and ends with the weights that an unbroken
-    run would have ended with on the same device: batches and augmentation depend on the step alone,
-    and the checkpoint holds the rest.
+    A run that was killed goes on from its last checkpoint. On the CPU it ends with the weights of an
+    unbroken run, bit for bit: batches, augmentation and random negatives depend on the step alone, and
+    the checkpoint holds the rest. On CUDA cuDNN is held to its deterministic algorithms.
+
+    `model/` is the model that was best on the validation images so far: the weights averaged over
+    steps, as float16.
 
     Args:
         config: the run.
         folder: where it lives; made if missing. If it holds a checkpoint, the run is resumed.
-        device: "cpu", "cuda", "cuda:1"; "auto" takes CUDA where there is one.
+        device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
+        decay_from: folder of another run, or its checkpoint. The new run starts from the other's whole
+            state, and lets the rate fall to zero over `config.steps` more steps (schedule "cosine",
+            no warm-up). Thus a run at a constant rate, whose end is not known, can be harvested at any
+            time, and goes on.
 
     Raises:
-        ConfigError: the folder's checkpoint belongs to another configuration.
+        ConfigError: the folder's checkpoint belongs to other settings; `compile` without a compiler.
         DataError: no image pairs, or too few.
+        WeightsError: a checkpoint or the initial model cannot be read.
+        OutputError: the folder cannot be written.
+        BackendError: a device that cannot be had.
     """
 
-    def __init__(self, config: TrainingConfig, folder: str | Path, *, device: str = "auto") -> None:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+    def __init__(
+        self,
+        config: TrainingConfig,
+        folder: str | Path,
+        *,
+        device: str = "auto",
+        decay_from: str | Path | None = None,
+    ) -> None:
+        self._created = time.perf_counter()
+        self.processes, self.device = join_processes(device)
+        if decay_from is not None:
+            config = dataclasses.replace(config, schedule="cosine", warmup_steps=0)
         self.config = config
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        train, validation = _split(config)
+        self.folder = RunFolder(folder)
+        if self.processes.is_first:
+            self.folder.prepare()
+        state = load_checkpoint(self.folder.checkpoint) if self.folder.checkpoint.exists() else None
+        if state is not None:
+            self._check_settings(state)
+        elif decay_from is not None:
+            state = _branch(Path(decay_from))
+        if config.compile:
+            check_compiler(self.device)
+
+        self.net = self._make_network(state)
+        network = self.net.config
+        training, self.validation = load_training_data(config, network.patch_size)
         self.sampler = PatchSampler(
-            train,
+            training,
             batch_size=config.batch_size,
+            patch_size=network.patch_size,
             seed=config.seed,
             min_distance=config.min_negative_distance,
             augmentation=config.augmentation,
             device=self.device,
+            processes=self.processes,
         )
-        self.validation = sample_patch_pairs(
-            validation, name="validation", max_pairs=config.validation_pairs, seed=config.seed
-        )
-        torch.manual_seed(config.seed)
-        self.net = _initial_network(config).to(self.device, memory_format=torch.channels_last)
-        self.net.train()
         self.average = AveragedModel(
-            self.net, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
+            self.net,
+            multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay),  # type: ignore[no-untyped-call]
+            use_buffers=True,
         )
-        head = list(self.net.metric_head.parameters())
-        in_head = {id(p) for p in head}
-        rest = [p for p in self.net.parameters() if id(p) not in in_head]
+        head = {id(p) for p in self.net.metric_head.parameters()}
         self._rates = (config.learning_rate, config.metric_head_learning_rate)
         self.optimizer = torch.optim.Adam(
-            [{"params": rest}, {"params": head}], lr=config.learning_rate, fused=self.device.type == "cuda"
+            [
+                {"params": [p for p in self.net.parameters() if id(p) not in head]},
+                {"params": list(self.net.metric_head.parameters())},
+            ],
+            lr=config.learning_rate,
+            fused=True,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
-        self.steps = config.steps
-        self.step = 0
+        self.step = self.first_step = 0
+        self._fitted_steps: int | None = None  # length of the run, if a time budget has set it
+        self._fitting = False
         self.best: dict[str, float] | None = None
-        if (self.folder / CHECKPOINT).exists():
-            self._load(self.folder / CHECKPOINT)
+        self._best_state: dict[str, torch.Tensor] | None = None
+        # Sums of the losses since the last line of the log, and over how many steps.
+        self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self._summed = 0
+        if state is not None:
+            self._restore(state)
+        if self.processes.is_first:
+            self.folder.cut_log(self.step)
+        share_batch_norm(self.net, self.processes)
         if config.compile:
-            self.net.branches = torch.compile(self.net.branches, dynamic=False)  # type: ignore[method-assign]
+            compile_network(self.net)
+
+    @property
+    def steps(self) -> int | None:
+        """The step at which the run ends; None while a time budget is being fitted."""
+        if self._fitting:
+            return None
+        return self._fitted_steps or self.first_step + self.config.steps
+
+    @property
+    def averaged_net(self) -> KGLNet:
+        """The network with the weights averaged over steps, which is validated and kept."""
+        return cast(KGLNet, self.average.module)
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -177,174 +151,276 @@ class Trainer:
         """Runs to the end.
 
         Args:
-            time_budget: minutes; the run's length is set, once, to what fits in them at the pace
-                of its first steps. A resumed run keeps the length that it was given.
+            time_budget: minutes from the making of the trainer to the end, validation and all. It
+                sets the number of steps, once, by the pace of the first ones; a run that is resumed
+                keeps the number that was set.
             progress: show a bar where standard error is a terminal.
 
         Returns:
-            the validation figures of the model that was kept.
-        """
-        from tqdm import tqdm
+            the validation figures of the model that was kept, and its step; empty in all processes
+            but the first.
 
-        if self.step == 0 and time_budget is not None:
-            self.steps = 10**9  # until the pace is known
-        started = time.perf_counter()
-        bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=None if progress else True)
-        recent: list[dict[str, float]] = []
-        while self.step < self.steps:
-            if self.step == 2:
-                started = time.perf_counter()  # the first steps compile
-            recent.append(self._one_step())
-            self.step += 1
-            if self.step == _TIMED_STEPS and self.steps == 10**9 and time_budget is not None:
-                pace = (time.perf_counter() - started) / (_TIMED_STEPS - 2)
-                self.steps = max(_TIMED_STEPS + 1, int(time_budget * 60 / pace))
-                bar.total = self.steps
-                logger.info("%.2f s a step: %d steps fit in %g minutes", pace, self.steps, time_budget)
-            bar.update()
-            last = self.step == self.steps
-            if self.step % self.config.log_every == 0 or last:
-                self._log({"step": self.step, **_means(recent)})
-                bar.set_postfix(loss=f"{_means(recent)['total']:.3g}")
-                recent = []
-            if self.step % self.config.validate_every == 0 or last:
-                self._validate()
-            if self.step % self.config.checkpoint_every == 0 or last:
-                self.save_checkpoint()
-        bar.close()
-        if self.best is None:
-            self._validate()
+        Raises:
+            DataError: the loss is no longer finite.
+        """
+        self._fitting = time_budget is not None and self._fitted_steps is None
+        hide = None if progress and self.processes.is_first else True
+        with (
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+            tqdm(total=self.steps, initial=self.step, unit="step", disable=hide) as bar,
+        ):
+            self._begin_interval()
+            timed_from, timed_steps = time.perf_counter(), -_COMPILING_STEPS
+            while self.steps is None or self.step < self.steps:
+                if timed_steps == 0:
+                    timed_from = time.perf_counter()
+                self._one_step()
+                timed_steps += 1
+                if self._fitting and time_budget is not None and timed_steps >= _TIMED_STEPS:
+                    seconds = (time.perf_counter() - timed_from) / timed_steps
+                    self._fit(60 * time_budget, seconds)
+                    bar.total = self.steps
+                bar.update()
+                last = self.step == self.steps
+                if last or self.step % self.config.log_every == 0:
+                    bar.set_postfix(loss=f"{self._log_losses():.3g}")
+                improved = False
+                if last or self.step % self.config.validate_every == 0:
+                    improved = self._validate()
+                if last or improved or self.step % self.config.checkpoint_every == 0:
+                    self.save_checkpoint()
         return dict(self.best or {})
 
-    def _one_step(self) -> dict[str, float]:
-        began = time.perf_counter()
-        factor = rate_factor(
-            self.step,
-            self.steps,
-            self.config.schedule,
-            warmup_steps=self.config.warmup_steps,
-            decay_fraction=self.config.decay_fraction,
-        )
+    def _one_step(self) -> None:
+        """One batch: loss, gradients, optimizer, average."""
+        factor = self._rate_factor()
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         batch = self.sampler.batch(self.step)
-        with self._precision():
-            terms = objective(self.net, batch, self.config, self.step)
-        if not math.isfinite(float(terms.total.detach())):
-            raise DataError(
-                f"the loss is not finite at step {self.step}; lower learning_rate, or set max_gradient_norm"
-            )
+        terms = objective(self.net, batch, self.config, self.step, self.processes)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(terms.total).backward()
+        torch.autograd.backward(self.scaler.scale(terms.total))
+        self.processes.average_gradients(self.net)
         if self.config.max_gradient_norm:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.max_gradient_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.average.update_parameters(self.net)
-        return {
-            "descriptor": float(terms.descriptor.detach()) / len(batch.vis),
-            "guided": float(terms.guided.detach()),
-            "metric": float(terms.metric.detach()),
-            "total": float(terms.total.detach()),
-            "rate": self._rates[0] * factor,
-            "pairs_per_second": len(batch.vis) / (time.perf_counter() - began),
-        }
+        # Added up on the device: reading them here would make the GPU wait.
+        self._sums += torch.stack([terms.descriptor, terms.guided, terms.metric, terms.total]).detach()
+        self._summed += 1
+        self._timed += 1
+        self.step += 1
 
-    @contextlib.contextmanager
-    def _precision(self) -> Iterator[None]:
-        dtype = getattr(torch, self.config.precision)
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            yield
+    def _rate_factor(self) -> float:
+        steps = self.steps
+        return rate_factor(
+            self.step - self.first_step,
+            None if steps is None else steps - self.first_step,
+            self.config.schedule,
+            warmup_steps=self.config.warmup_steps,
+            decay_fraction=self.config.decay_fraction,
+        )
+
+    def _fit(self, budget: float, seconds_a_step: float) -> None:
+        """Sets the length of the run to what fits into a budget of seconds, once the pace is known."""
+        spent = time.perf_counter() - self._created
+        if not self.processes.agree(int(spent >= _TIMED_SHARE * budget), self.device):
+            return
+        began = time.perf_counter()
+        if self.processes.is_first:
+            validate(self.averaged_net, self.validation)
+        validation = time.perf_counter() - began
+        began = time.perf_counter()
+        self.save_checkpoint()
+        checkpoint = time.perf_counter() - began
+        # The end brings one more validation and checkpoint than the intervals do.
+        left = budget - (time.perf_counter() - self._created) - validation - checkpoint
+        pace = (
+            seconds_a_step
+            + validation / self.config.validate_every
+            + checkpoint / self.config.checkpoint_every
+        )
+        more = self.processes.agree(max(1, int(left / pace)), self.device)
+        self._fitted_steps, self._fitting = self.step + more, False
+        self._begin_interval()
+        self._say(
+            f"{seconds_a_step:.3g} s a step and {validation:.3g} s a validation: "
+            f"the run will have {self._fitted_steps} steps"
+        )
 
     # --- what is written ----------------------------------------------------------------------
 
-    def _validate(self) -> None:
-        from kglmatch.pretrained import save_model
+    def _begin_interval(self) -> None:
+        """Starts the clock by which pairs a second are counted."""
+        self._timed, self._began, self._aside = 0, time.perf_counter(), 0.0
 
-        net = self.average.module
-        figures = validate(net, self.validation)
-        self._log({"step": self.step, "validation": figures})
-        logger.info("step %d: %s", self.step, ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-        if self.best is None or _merit(figures) < _merit(self.best):
-            self.best = {"step": float(self.step), **figures}
-            save_model(self.folder / MODEL, net.state_dict(), self.net.config)
+    def _mean_losses(self) -> list[float]:
+        """Means since the last line of the log: descriptor (a pair), guided, metric, total.
 
-    def _log(self, record: dict[str, Any]) -> None:
-        with (self.folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        Raises:
+            DataError: not finite.
+        """
+        means = (self.processes.mean(self._sums.clone()) / max(1, self._summed)).tolist()
+        if not all(map(math.isfinite, means)):
+            raise DataError(
+                f"the loss is not finite between steps {self.step - self._summed} and {self.step}; lower "
+                "learning_rate, or set max_gradient_norm"
+            )
+        means[0] /= self.sampler.batch_size
+        return means
+
+    def _log_losses(self) -> float:
+        """Writes a line of losses; returns the mean total."""
+        descriptor, guided, metric, total = self._mean_losses()
+        seconds = time.perf_counter() - self._began - self._aside
+        if self.processes.is_first:
+            self.folder.log(
+                {
+                    "step": self.step,
+                    "descriptor": descriptor,
+                    "guided": guided,
+                    "metric": metric,
+                    "total": total,
+                    "rate": self.optimizer.param_groups[0]["lr"],
+                    "pairs_per_second": self._timed * self.sampler.batch_size / seconds,
+                }
+            )
+        self._sums.zero_()
+        self._summed = 0
+        self._begin_interval()
+        return total
+
+    def _validate(self) -> bool:
+        """Measures the averaged weights and keeps them if they are the best so far; says whether they are."""
+        began = time.perf_counter()
+        self._mean_losses()  # raises where there is nothing to measure any more
+        improved = False
+        if self.processes.is_first:
+            net = self.averaged_net
+            figures = validate(net, self.validation)
+            self.folder.log({"step": self.step, "validation": figures})
+            self._say(f"step {self.step}: {', '.join(f'{k} {v:.4g}' for k, v in figures.items())}")
+            improved = self.best is None or merit(figures) < merit(self.best)
+            if improved:
+                self.best = {"step": float(self.step), **figures}
+                self._best_state = {k: v.detach().to("cpu", copy=True) for k, v in net.state_dict().items()}
+                self.folder.save_model(self._best_state, net.config)
+        self._aside += time.perf_counter() - began
+        return bool(self.processes.agree(int(improved), self.device))
+
+    def _say(self, words: str) -> None:
+        if self.processes.is_first:
+            logger.info(words)
 
     def save_checkpoint(self) -> None:
-        """Writes everything that the run needs to go on; a kill in the middle leaves the one before."""
-        state = {
-            "config": self.config.to_dict(),
-            "step": self.step,
-            "steps": self.steps,
-            "best": self.best,
-            "net": self.net.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-        with atomic_output(self.folder / CHECKPOINT) as temporary:
-            torch.save(state, temporary)
+        """Writes everything that the run needs to go on; a kill in the middle leaves the one before.
 
-    def _load(self, path: Path) -> None:
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError) as error:
-            raise WeightsError(f"cannot read the checkpoint {path}: {error}") from error
-        differing = sorted(
-            key for key, value in self.config.to_dict().items() if state["config"].get(key) != value
-        )
+        Raises:
+            DataError: the losses are not finite, and neither will the weights be.
+        """
+        began = time.perf_counter()
+        self._mean_losses()
+        if self.processes.is_first:
+            self.folder.save_checkpoint(
+                {
+                    "config": self.config.to_dict(),
+                    "network": dataclasses.asdict(self.net.config),
+                    "first_step": self.first_step,
+                    "step": self.step,
+                    "fitted_steps": self._fitted_steps,
+                    "best": self.best,
+                    "best_state": self._best_state,
+                    "sums": self._sums,
+                    "summed": self._summed,
+                    "net": self.net.state_dict(),
+                    "average": self.average.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                }
+            )
+        self._aside += time.perf_counter() - began
+
+    # --- where it starts ----------------------------------------------------------------------
+
+    def _check_settings(self, state: dict[str, Any]) -> None:
+        """Raises `ConfigError` if the folder's run is another one than is asked for."""
+        path = self.folder.checkpoint
+        theirs = TrainingConfig.from_dict(state["config"], origin=str(path)).to_dict()
+        ours = self.config.to_dict()
+        free = set(_FREE_SETTINGS)
+        if self.config.schedule == "constant":
+            free.add("steps")  # such a run may be made longer
+        differing = [key for key in ours if key not in free and ours[key] != theirs[key]]
         if differing:
+            changes = ", ".join(f"{key} {theirs[key]!r} -> {ours[key]!r}" for key in differing)
             raise ConfigError(
-                f"{path} belongs to a run with other settings ({', '.join(differing)}); "
+                f"{path} belongs to a run with other settings ({changes}); "
                 "choose another folder, or restore them"
             )
+
+    def _make_network(self, state: dict[str, Any] | None) -> KGLNet:
+        if state is not None:
+            net = KGLNet(KGLNetConfig(**state["network"]))
+        elif self.config.init is not None:
+            weights, network = load_model(self.config.init)
+            net = KGLNet(network)
+            net.load_state_dict(weights)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.config.seed)
+                net = KGLNet(self.config.network)
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return net.to(self.device).train()
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["net"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.steps, self.best = state["step"], state["steps"], state["best"]
-        logger.info("going on from step %d of %d", self.step, self.steps)
+        self.step, self.first_step = state["step"], state["first_step"]
+        self._fitted_steps = state["fitted_steps"]
+        self.best, self._best_state = state["best"], state["best_state"]
+        self._sums.copy_(state["sums"])
+        self._summed = state["summed"]
+        if self._best_state is not None and self.processes.is_first:
+            # The kill may have come between a newer model and its checkpoint.
+            self.folder.save_model(self._best_state, self.net.config)
+        self._say(f"going on from step {self.step}")
 
 
-def _merit(figures: dict[str, float]) -> float:
-    """What the checkpoint is chosen by, lower is better; the areas break ties between low FPR95."""
-    return (
-        figures["descriptor_fpr95"]
-        + figures["metric_fpr95"]
-        + 100 * (1 - figures["descriptor_auc"])
-        + 100 * (1 - figures["metric_auc"])
-    )
+def _branch(path: Path) -> dict[str, Any]:
+    """The state of another run, as that of a new one that starts where it is."""
+    state = load_checkpoint(path / CHECKPOINT if path.is_dir() else path)
+    return {
+        **state,
+        "first_step": state["step"],
+        "fitted_steps": None,
+        "best": None,
+        "best_state": None,
+        "sums": torch.zeros_like(state["sums"]),
+        "summed": 0,
+    }
 
 
-def _means(records: list[dict[str, float]]) -> dict[str, float]:
-    return {key: sum(r[key] for r in records) / len(records) for key in records[0]} if records else {}
+def compile_network(net: KGLNet) -> None:
+    """Compiles what takes the time: stems, trunks and metric head, in place. Names of weights stay."""
+    for part in (net.stem, net.descriptor_trunk, net.metric_trunk, net.metric_head):
+        part.compile(dynamic=False)
 
 
-def _split(config: TrainingConfig) -> tuple[ScenePairs, ScenePairs]:
-    """Training and validation scenes; validation is the end of the numbering."""
-    pairs = find_image_pairs(config.data)
-    if len(pairs) <= config.validation_images:
-        raise DataError(
-            f"{config.data} holds {len(pairs)} image pairs; {config.validation_images} are held out for "
-            "validation, which leaves none to train on"
-        )
-    cut = len(pairs) - config.validation_images
-    return (
-        load_scene_pairs(pairs[:cut], max_points=config.max_points),
-        load_scene_pairs(pairs[cut:], max_points=config.max_points),
-    )
+def check_compiler(device: torch.device) -> None:
+    """Raises `ConfigError` where `torch.compile` does not work: better now than after the data is read."""
+    x = torch.ones(2, device=device)
+    try:
+        torch.compile(_probe)(x)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"torch.compile does not work here ({reason}); install a C++ compiler, or set compile = false"
+        ) from error
 
 
-def _initial_network(config: TrainingConfig) -> KGLNet:
-    if config.init is None:
-        return KGLNet(config.network)
-    from kglmatch.pretrained import load_model
-
-    state, network = load_model(config.init)
-    net = KGLNet(network)
-    net.load_state_dict(state)
-    return net.float()
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    return x.sin() + 1

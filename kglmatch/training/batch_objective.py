@@ -1,0 +1,98 @@
+"""The training objective of a batch: the network's two branches, mining, and the sum of the losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kglmatch.network import KGLNet
+from kglmatch.training import losses, mining
+from kglmatch.training.config import TrainingConfig
+from kglmatch.training.parallel import ALONE, Processes
+from kglmatch.training.sampling import Batch, step_generator
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """The terms of one batch's objective, scalars; one that is switched off is 0.
+
+    Attributes:
+        descriptor: hybrid triplet loss and weighted norm term, a sum over the batch.
+        guided: feature-guided losses of both modalities, means.
+        metric: binary cross-entropy of the metric head, a mean.
+        total: what is minimised.
+    """
+
+    descriptor: Tensor
+    guided: Tensor
+    metric: Tensor
+    total: Tensor
+
+
+def objective(
+    net: KGLNet, batch: Batch, config: TrainingConfig, step: int = 0, processes: Processes = ALONE
+) -> StepLosses:
+    """The training objective of a batch of matching pairs; a part whose weight is 0 is not computed.
+
+    The network runs in `config.precision`, the losses in float32.
+
+    Args:
+        net: in training mode.
+        batch: the rows of this process; with several processes, descriptors and metric maps of all of
+            them are gathered, so that negatives are mined over the whole batch.
+        step: number of the batch, which random negatives depend on.
+
+    Returns:
+        `StepLosses`. The mean over the processes of each term, and of each gradient, is that of the
+        whole batch.
+    """
+    precision = getattr(torch, config.precision)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(batch.vis.device.type, dtype=precision, enabled=precision != torch.float32)
+
+    with autocast():
+        vis, ir = net.branches(batch.vis, "vis"), net.branches(batch.ir, "ir")
+    raw_vis, raw_ir = (processes.gather(side.raw_descriptor.float()) for side in (vis, ir))
+    descriptors_vis, descriptors_ir = F.normalize(raw_vis, dim=1), F.normalize(raw_ir, dim=1)
+
+    descriptor = losses.hybrid_triplet_loss(
+        descriptors_vis, descriptors_ir, batch.same_place, margin=config.margin, alpha=config.alpha
+    )
+    if config.norm_weight:
+        descriptor = descriptor + config.norm_weight * losses.norm_loss(raw_vis, raw_ir)
+
+    guided = metric = raw_vis.new_zeros(())
+    if config.guided_weight:
+        guided = losses.feature_guided_loss(
+            vis.descriptor_map.float(), vis.metric_map.float()
+        ) + losses.feature_guided_loss(ir.descriptor_map.float(), ir.metric_map.float())
+    if config.metric_weight:
+        chosen = choose_negatives(descriptors_vis, descriptors_ir, batch.same_place, config, step)
+        with autocast():
+            # All pairs in one call: the positives, and then each choice of negatives.
+            map_vis = torch.cat([vis.metric_map] * (1 + len(chosen)))
+            maps_ir = processes.gather(ir.metric_map)
+            map_ir = torch.cat([ir.metric_map, *(maps_ir[columns[batch.rows]] for columns in chosen)])
+            logits = net.metric_head(map_vis, map_ir).float()
+        positives, negatives = logits[: len(batch.vis)], logits[len(batch.vis) :]
+        metric = losses.metric_loss(positives, negatives)
+    total = descriptor + config.guided_weight * guided + config.metric_weight * metric
+    return StepLosses(descriptor, guided, metric, total)
+
+
+def choose_negatives(
+    vis: Tensor, ir: Tensor, same_place: Tensor, config: TrainingConfig, step: int
+) -> list[Tensor]:
+    """What `config.negatives` asks for: for each visible row of the whole batch, columns of ir, (N,) each."""
+    chosen = []
+    if config.negatives in ("hard", "both"):
+        distances = losses.descriptor_distances(vis.detach(), ir.detach())
+        chosen.append(mining.hard_negatives(distances, same_place))
+    if config.negatives in ("random", "both"):
+        generator = step_generator(config.seed, step, "negatives", vis.device)
+        chosen.append(mining.random_negatives(same_place, generator))
+    return chosen
