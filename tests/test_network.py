@@ -1,0 +1,262 @@
+"""The network: its layers, the published code's numbers, what runs and how often, all architectures."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kglmatch.config import SPLITS, KGLNetConfig
+from kglmatch.convert import convert_published
+from kglmatch.network import ECA, FRN, TLU, KGLNet, conv_blocks, normalize_activate
+
+ARCHITECTURES = list(itertools.product((True, False), (True, False), SPLITS))
+
+
+def random_net(config: KGLNetConfig, seed: int = 0) -> KGLNet:
+    """No parameter or statistic is left at a value that would hide a mistake."""
+    torch.manual_seed(seed)
+    net = KGLNet(config).eval()
+    with torch.no_grad():
+        for tensor in net.state_dict().values():
+            if tensor.is_floating_point() and tensor.ndim != 2:
+                tensor.add_(torch.rand_like(tensor), alpha=0.1)
+    return net.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def published(parity):
+    net = KGLNet()
+    net.load_state_dict(convert_published(parity / "net.safetensors", parity / "net_metric.safetensors"))
+    with np.load(parity / "forward.npz") as file:
+        numbers = {name: file[name] for name in file.files}
+    return net.eval().requires_grad_(False), numbers
+
+
+@pytest.fixture
+def small():
+    return random_net(KGLNetConfig(patch_size=16))
+
+
+def as_input(patches: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(patches).unsqueeze(1).float() / 255
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_frn_is_its_formula(layout, gradients):
+    torch.manual_seed(0)
+    frn = FRN(3).requires_grad_(False)
+    for parameter in frn.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 3, 5, 4).contiguous(memory_format=layout)
+    mean_square = (x.double() ** 2).sum(dim=(2, 3), keepdim=True) / 20
+    expected = x / torch.sqrt(mean_square + 1e-6) * frn.weight + frn.bias
+    with torch.set_grad_enabled(gradients):
+        assert torch.allclose(frn(x).double(), expected, atol=1e-6)
+
+
+def test_frn_of_half_precision_does_not_overflow():
+    x = torch.full((1, 2, 8, 8), 60000.0, dtype=torch.float16)
+    assert torch.allclose(FRN(2).half()(x).float(), torch.ones(1, 2, 8, 8), atol=5e-3)
+
+
+def test_frn_of_nothing_is_its_bias():
+    assert torch.equal(FRN(2)(torch.zeros(1, 2, 4, 4)), torch.zeros(1, 2, 4, 4))
+
+
+def test_tlu_has_a_threshold_for_each_channel():
+    tlu = TLU(2)
+    tlu.tau.data = torch.tensor([-1.0, 0.5]).view(1, 2, 1, 1)
+    x = torch.tensor([-2.0, 0.0]).view(1, 1, 1, 2).expand(1, 2, 1, 2)
+    assert tlu(x).flatten().tolist() == [-1.0, 0.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(("channels", "kernel"), [(32, 3), (64, 3), (128, 5), (256, 5)])
+def test_eca_convolves_over_channel_means(channels, kernel):
+    torch.manual_seed(0)
+    eca = ECA(channels)
+    assert eca.conv.weight.shape == (1, 1, kernel)
+    x = torch.randn(2, channels, 3, 3)
+    padded = F.pad(x.mean(dim=(2, 3)), (kernel // 2, kernel // 2))
+    weight = eca.conv.weight.flatten()
+    weighted = sum(weight[k] * padded[:, k : k + channels] for k in range(kernel))
+    assert torch.allclose(eca(x), x * torch.sigmoid(weighted)[:, :, None, None], atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_without_gradients_a_map_is_overwritten_with_the_same_numbers(layout):
+    torch.manual_seed(0)
+    norm, activation = FRN(4), TLU(4)
+    x = torch.randn(2, 4, 6, 6).contiguous(memory_format=layout)
+    expected = normalize_activate(x, norm, activation).detach()
+    with torch.inference_mode():
+        out = normalize_activate(x, norm, activation)
+    assert out.data_ptr() == x.data_ptr()
+    assert torch.allclose(out, expected, atol=1e-6)
+
+
+def test_inference_leaves_its_input_alone_and_gives_the_numbers_of_training(small):
+    patches = torch.rand(3, 1, 16, 16)
+    given = patches.clone()
+    with_gradients = small.encode(patches, "vis")
+    with torch.inference_mode():
+        without = small.encode(patches, "vis")
+    assert torch.equal(patches, given)
+    for a, b in zip(with_gradients, without, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+# --- the published code's numbers -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("n", [16, 3, 1])
+def test_the_published_numbers(published, layout, n):
+    net, expected = published
+    net = net.to(memory_format=layout)
+    with torch.inference_mode():
+        vis, ir = (as_input(expected[name][:n]) for name in ("vis", "ir"))
+        descriptor_vis, map_vis = net.encode(vis, "vis")
+        descriptor_ir, map_ir = net.encode(ir, "ir")
+        score = net.score(map_vis, map_ir)
+        forward = net(vis, ir)
+    for name, value in (
+        ("descriptor_vis", descriptor_vis),
+        ("descriptor_ir", descriptor_ir),
+        ("score", score),
+    ):
+        assert np.abs(value.numpy() - expected[name][:n]).max() < 1e-5, name
+    for name, value in (("dif_vis", map_vis), ("dif_ir", map_ir)):
+        rows = expected[name][:n]
+        assert np.allclose(value.numpy()[: len(rows)], rows, rtol=1e-5, atol=1e-5), name
+    for value, same in zip(forward, (descriptor_vis, descriptor_ir, score), strict=True):
+        assert torch.allclose(value, same, atol=1e-6)
+
+
+def test_the_published_descriptor_maps(published):
+    net, expected = published
+    with torch.inference_mode():
+        for modality in ("vis", "ir"):
+            branches = net.branches(as_input(expected[modality][:2]), modality)
+            rows = expected[f"com_{modality}"]
+            assert np.allclose(branches.descriptor_map.numpy(), rows, rtol=1e-5, atol=1e-5)
+            assert torch.allclose(
+                F.normalize(branches.raw_descriptor, dim=1),
+                torch.from_numpy(expected[f"descriptor_{modality}"][:2]),
+                atol=1e-5,
+            )
+
+
+def test_the_size_of_the_network():
+    assert sum(p.numel() for p in KGLNet().parameters()) == pytest.approx(6.41e6, abs=5e3)
+
+
+# --- what runs ------------------------------------------------------------------------------------
+
+
+def calls(net: KGLNet) -> dict[str, int]:
+    """Counts from now on how often each of the network's parts is run."""
+    counts: dict[str, int] = {}
+
+    def count(name: str) -> None:
+        counts[name] = counts.get(name, 0) + 1
+
+    for name, module in net.named_modules():
+        if name.count(".") == 1 or name == "metric_head":
+            module.register_forward_hook(lambda *_, name=name: count(name))
+    return counts
+
+
+def parts(counts: dict[str, int], *prefixes: str) -> dict[str, int]:
+    return {name: n for name, n in counts.items() if name.startswith(prefixes)}
+
+
+def test_each_stem_runs_once(small):
+    counts = calls(small)
+    with torch.inference_mode():
+        small(torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16))
+    assert parts(counts, "stem") == {"stem.vis": 1, "stem.ir": 1}
+    assert parts(counts, "metric_trunk") == {"metric_trunk.vis": 1, "metric_trunk.ir": 1}
+    assert parts(counts, "descriptor_trunk") == {"descriptor_trunk.shared": 2}
+
+
+def test_descriptors_alone_do_not_run_the_metric_branch(small):
+    counts = calls(small)
+    with torch.inference_mode():
+        descriptor = small.describe(torch.rand(2, 1, 16, 16), "ir")
+    assert parts(counts, "stem") == {"stem.ir": 1}
+    assert not parts(counts, "metric")
+    assert torch.allclose(descriptor.norm(dim=1), torch.ones(2))
+
+
+def test_maps_alone_do_not_run_the_descriptor_branch(small):
+    counts = calls(small)
+    with torch.inference_mode():
+        small.map(torch.rand(2, 1, 16, 16), "vis")
+    assert not parts(counts, "descriptor")
+
+
+def test_a_row_does_not_depend_on_the_others(small):
+    patches = torch.rand(5, 1, 16, 16)
+    with torch.inference_mode():
+        together = small.encode(patches, "vis")
+        alone = small.encode(patches[3:4], "vis")
+    for a, b in zip(together, alone, strict=True):
+        assert torch.allclose(a[3:4], b, atol=1e-5)
+
+
+def test_brightness_of_a_patch_does_not_matter(small):
+    patches = torch.rand(2, 1, 16, 16)
+    with torch.inference_mode():
+        assert torch.allclose(
+            small.describe(patches, "vis"), small.describe(patches * 65535, "vis"), atol=1e-4
+        )
+
+
+def test_gradients_reach_every_parameter():
+    net = random_net(KGLNetConfig(patch_size=16)).requires_grad_(True)
+    vis, ir, score = net(torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16))
+    (vis.sum() + ir.sum() + score.sum()).backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+# --- architectures --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("descriptor_siamese", "metric_siamese", "split"), ARCHITECTURES)
+def test_every_architecture_runs(descriptor_siamese, metric_siamese, split):
+    config = KGLNetConfig(
+        patch_size=16,
+        descriptor_dim=32,
+        descriptor_siamese=descriptor_siamese,
+        metric_siamese=metric_siamese,
+        split_after=split,
+    )
+    net = random_net(config)
+    x = torch.rand(2, 1, 16, 16)
+    with torch.inference_mode():
+        of_vis, of_ir = net.encode(x, "vis"), net.encode(x, "ir")
+        assert [tuple(t.shape) for t in of_vis] == [(2, 32), (2, 256, 2, 2)]
+        assert net.score(of_vis[1], of_ir[1]).shape == (2,)
+    # Without a stem of its own, a Siamese branch is one and the same network for both.
+    same = split == 0
+    assert torch.equal(of_vis[0], of_ir[0]) == (descriptor_siamese and same)
+    assert torch.equal(of_vis[1], of_ir[1]) == (metric_siamese and same)
+
+
+def test_blocks_are_those_that_were_asked_for():
+    assert [name for name, _ in conv_blocks(5, 8).named_children()] == [
+        "block5",
+        "block6",
+        "block7",
+        "block8",
+    ]
+    assert len(conv_blocks(9, 8)) == 0
