@@ -87,13 +87,18 @@ def build(folder: Path) -> Any:
     """The page, a `gradio.Blocks`; tables to download are kept in `folder`."""
     import gradio as gr
 
-    def answer(*inputs: Any) -> tuple[Any, ...]:
+    def clear() -> tuple[Any, ...]:
+        return "", None, None, None, gr.DownloadButton(interactive=False)
+
+    def answer(
+        vis: str | None, ir: str | None, model: str, displacement: float, keypoints: int
+    ) -> tuple[Any, ...]:
         try:
-            found = match_files(*inputs)
+            found = match_files(vis, ir, model, displacement or None, keypoints)
         except KGLMatchError as error:
             # Uploads lie in a folder that says nothing to the reader.
             text = str(error)
-            for path in inputs[:2]:
+            for path in (vis, ir):
                 text = text.replace(str(path), Path(str(path)).name)
             raise gr.Error(text, duration=None, print_exception=False) from error
         table = Path(tempfile.mkdtemp(dir=folder)) / "matches.csv"
@@ -101,18 +106,24 @@ def build(folder: Path) -> Any:
         download = gr.DownloadButton(value=str(table), interactive=True)
         return found["summary"], found["picture"], found["checkerboard"], found["rows"], download
 
+    shown = {
+        "format": "png",
+        "show_label": False,
+        "interactive": False,
+        "buttons": ["download", "fullscreen"],
+    }
     with gr.Blocks(title="kglmatch", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=1):
-                vis = gr.File(label="Visible image", height=110)
-                ir = gr.File(label="Image of the other sensor", height=110)
+                vis = gr.File(label="Visible image", height=170)
+                ir = gr.File(label="Image of the other sensor", height=170)
                 model = gr.Dropdown(list_pretrained(), value="kglnet-vis-nir", label="Model")
                 displacement = gr.Number(
-                    value=None,
+                    0,
                     minimum=0,
                     label="Largest displacement, pixels",
-                    info="empty: the images are not registered",
+                    info="0: the images are not registered",
                 )
                 keypoints = gr.Slider(
                     50,
@@ -126,15 +137,19 @@ def build(folder: Path) -> Any:
             with gr.Column(scale=3):
                 summary = gr.Markdown()
                 with gr.Tab("Matches"):
-                    picture = gr.Image(format="png", show_label=False, interactive=False)
+                    picture = gr.Image(**shown)
                 with gr.Tab("Checkerboard"):
-                    checkerboard = gr.Image(format="png", show_label=False, interactive=False)
+                    checkerboard = gr.Image(**shown)
                 with gr.Tab("Table"):
                     table = gr.Dataframe(headers=COLUMNS, interactive=False, show_label=False)
                 download = gr.DownloadButton("Download all matches (csv)", interactive=False)
         inputs = [vis, ir, model, displacement, keypoints]
         gr.Examples([[*EXAMPLE, "kglnet-vis-nir", 8, DEFAULT_KEYPOINTS]], inputs, label="Example: Sentinel-2")
-        button.click(answer, inputs, [summary, picture, checkerboard, table, download], api_name="match")
+        outputs = [summary, picture, checkerboard, table, download]
+        # Cleared first, so that an error does not stand beside the results of another pair.
+        button.click(clear, None, outputs, api_visibility="private").then(
+            answer, inputs, outputs, api_name="match", show_progress_on=picture
+        )
     return page
 
 

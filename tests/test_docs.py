@@ -1,11 +1,12 @@
 """README and guide: every Python block runs, every shell line exists, every link leads somewhere.
 
-Keypoint detection keeps few keypoints here, so that the pages run in seconds; nothing else of the package
-is changed.
+Keypoint detection keeps few keypoints here, and the ONNX export is made once, so that the pages run in
+seconds; nothing else of the package is changed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import kglmatch.cli
+import kglmatch.export
 import kglmatch.keypoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +29,7 @@ OTHER_PROGRAMS = {"pip", "pytest", "python", "mkdocs", "cmake", "torchrun"}
 # Commands that take no more than a second or two; of the others the options alone are checked.
 QUICK = {"info", "match", "score"}
 FEW_KEYPOINTS = 24
+EXPORT = kglmatch.export.export_onnx
 
 
 def name(page: Path) -> str:
@@ -54,15 +57,34 @@ with_python = [page for page in PAGES if blocks(page, "python")]
 with_shell = [page for page in PAGES if shell_lines(page)]
 
 
+@pytest.fixture(scope="session")
+def export_once(tmp_path_factory: pytest.TempPathFactory):
+    """`export_onnx` that exports a first time, for all pages, and hands out copies of that."""
+    done: list = []
+
+    def export(state, config, folder, **options):
+        if not done:
+            first = tmp_path_factory.mktemp("export") / "onnx"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(kglmatch.export, "CHECKED_N", (1, 2))
+                done.append((first, EXPORT(state, config, first, **options)))
+        first, report = done[0]
+        shutil.copytree(first, folder)
+        return dataclasses.replace(report, folder=Path(folder))
+
+    return export
+
+
 @pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder with a copy of the example data, and few keypoints."""
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export_once) -> Path:
+    """A current folder with a copy of the example data; few keypoints, and one export for all pages."""
     detect = kglmatch.keypoints.detect_keypoints
 
     def detect_few(*args, max_keypoints: int = FEW_KEYPOINTS, **options):
         return detect(*args, max_keypoints=min(max_keypoints, FEW_KEYPOINTS), **options)
 
     monkeypatch.setattr("kglmatch.matcher.detect_keypoints", detect_few)
+    monkeypatch.setattr(kglmatch.export, "export_onnx", export_once)
     shutil.copytree(ROOT / "examples" / "data", tmp_path / "examples" / "data")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -119,5 +141,5 @@ def test_every_page_of_the_guide_is_in_the_navigation():
 
 def test_every_file_named_in_the_pages_exists():
     for page in PAGES:
-        for path in re.findall(r"\bexamples/[\w./]+\.(?:py|toml|tif)\b", page.read_text(encoding="utf-8")):
+        for path in re.findall(r"\bexamples/[\w./-]+\.(?:py|toml|tif)\b", page.read_text(encoding="utf-8")):
             assert path.endswith("missing.tif") or (ROOT / path).is_file(), f"{name(page)} names {path}"
