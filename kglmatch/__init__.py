@@ -23,7 +23,21 @@ _PUBLIC = {
     "load_image": "kglmatch.images",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "BandRegistration",
+    "Features",
+    "KGLMatchError",
+    "KGLNetConfig",
+    "Matcher",
+    "Matches",
+    "Registration",
+    "RegistrationCheck",
+    "__version__",
+    "detect_keypoints",
+    "extract_patches",
+    "list_pretrained",
+    "load_image",
+]
 
 if TYPE_CHECKING:
     from kglmatch.config import KGLNetConfig

@@ -64,7 +64,7 @@ def test_neighbours_far_apart_cost_no_memory():
     # Cells as wide as the radius over this extent would be beyond any array.
     points = np.array([[0.0, 0.0], [1e9, 1e9]])
     pairs = [(a.tolist(), b.tolist()) for a, b in matching.neighbours_within(points, points, 1e-3)]
-    assert sum((a for a, _ in pairs), []) == [0, 1]
+    assert [row for rows, _ in pairs for row in rows] == [0, 1]
 
 
 def test_keep_top_k_ranks_within_groups():

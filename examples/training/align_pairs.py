@@ -4,7 +4,8 @@
 
 Public "registered" pairs are off by a few pixels, some by thirty; a matcher trained on them is told that
 wrong places match. Writes a folder of links in the layout NAME_rgb.*, NAME_nir.* with NAME_nir.npy, the
-affine that `kglmatch.datasets` reads, for each pair in which a transform is clearly better supported than none.
+affine that `kglmatch.datasets` reads, for each pair in which a transform is clearly better supported than
+none.
 """
 
 from __future__ import annotations
