@@ -31,7 +31,7 @@ def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
         OutputError: the folder is missing or unwritable, `path` is a folder or another thing that
             is not a plain file, or the disk is full.
 
-    Example:
+    Examples:
         >>> with atomic_output("result.json") as temporary:
         ...     temporary.write_text("{}")
     """

@@ -311,7 +311,7 @@ class ImageMatchingModel:
     - `matched_kpts0`, `matched_kpts1` (K, 2), `matched_confidences` (K,);
     - `inlier_kpts0`, `inlier_kpts1` (num_inliers, 2).
 
-    Example:
+    Examples:
         >>> model = ImageMatchingModel(Matcher.from_pretrained("kglnet-vis-nir"))
         >>> model("scene_vis.png", "scene_ir.png")["num_inliers"]
 

@@ -54,7 +54,7 @@ class Matcher:
     The costly part, `describe` (or `extract` for an image), is done once a patch set; `score` and
     `match` then work on `Features`.
 
-    Example:
+    Examples:
         >>> matcher = Matcher.from_pretrained("kglnet-vis-nir")
         >>> vis = matcher.describe(vis_patches, "vis")      # (N, 64, 64) -> Features
         >>> ir = matcher.describe(ir_patches, "ir")

@@ -63,7 +63,7 @@ def extract_patches(
         PatchError: an argument of the wrong shape or type, a position that is not finite, a scale
             that is not positive.
 
-    Example:
+    Examples:
         >>> extract_patches(np.zeros((480, 640), np.float32), [[100, 200], [310.5, 20.25]]).shape
         (2, 64, 64)
     """
