@@ -202,7 +202,7 @@ def test_half_precision_is_the_networks_alone(precision):
     net, batch = small_net(), small_batch()
     exact = objective(net, batch, PAPER)
     seen = {}
-    net.descriptor_trunk.register_forward_hook(lambda m, a, out: seen.setdefault("map", out.dtype))
+    net.descriptor_trunk.register_forward_hook(lambda m, a, out: seen.update(map=out.dtype))
     half = objective(net, batch, dataclasses.replace(PAPER, precision=precision))
     assert seen["map"] == getattr(torch, precision)
     for term in dataclasses.fields(StepLosses):
