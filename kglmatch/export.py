@@ -431,6 +431,7 @@ def _pair(vis: onnx.ModelProto, ir: onnx.ModelProto, head: onnx.ModelProto) -> o
     )
     maps = [(f"{modality}/metric_map", f"metric_map_{modality}") for modality in ENCODER_FILES]
     model = onnx.compose.merge_models(both, head, io_map=maps)
+    del model.opset_import[1:]  # merging repeats it
     for modality in ENCODER_FILES:
         _rename_input(model.graph, f"{modality}/patches", f"patches_{modality}")
     return model

@@ -37,6 +37,12 @@ def matcher():
     return Matcher.from_pretrained("kglnet-vis-nir", device="cpu", batch_size=16)
 
 
+@pytest.fixture(scope="session")
+def exported(matcher, tmp_path_factory):
+    """The report of the bundled model's export to ONNX, in float32; its folder is not to be changed."""
+    return matcher.export_onnx(tmp_path_factory.mktemp("onnx") / "exported")
+
+
 def texture(width: int, height: int, seed: int = 0) -> np.ndarray:
     """(height, width) float32 in [0, 1]: smooth random structure with corners at several scales."""
     rng = np.random.default_rng(seed)

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 _TIMED_STEPS = 12
 _COMPILING_STEPS = 2
 _TIMED_SHARE = 0.02
+# The descriptor loss is a sum over the batch; with PyTorch's 65536 the first steps overflow float16.
+_FIRST_LOSS_SCALE = 64.0
 # Settings that a resumed run may change, since its weights do not depend on them.
 _FREE_SETTINGS = ("compile", "log_every", "checkpoint_every")
 
@@ -116,7 +118,9 @@ class Trainer:
             lr=config.learning_rate,
             fused=True,
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, init_scale=_FIRST_LOSS_SCALE, enabled=config.precision == "float16"
+        )
         self.step = self.first_step = 0
         self._fitted_steps: int | None = None  # length of the run, if a time budget has set it
         self._fitting = False
@@ -210,7 +214,6 @@ class Trainer:
         # Added up on the device: reading them here would make the GPU wait.
         self._sums += torch.stack([terms.descriptor, terms.guided, terms.metric, terms.total]).detach()
         self._summed += 1
-        self._timed += 1
         self.step += 1
 
     def _rate_factor(self) -> float:
@@ -254,7 +257,7 @@ class Trainer:
 
     def _begin_interval(self) -> None:
         """Starts the clock by which pairs a second are counted."""
-        self._timed, self._began, self._aside = 0, time.perf_counter(), 0.0
+        self._interval_step, self._began, self._aside = self.step, time.perf_counter(), 0.0
 
     def _mean_losses(self) -> list[float]:
         """Means since the last line of the log: descriptor (a pair), guided, metric, total.
@@ -275,6 +278,7 @@ class Trainer:
         """Writes a line of losses; returns the mean total."""
         descriptor, guided, metric, total = self._mean_losses()
         seconds = time.perf_counter() - self._began - self._aside
+        pairs = (self.step - self._interval_step) * self.sampler.batch_size
         if self.processes.is_first:
             self.folder.log(
                 {
@@ -284,7 +288,7 @@ class Trainer:
                     "metric": metric,
                     "total": total,
                     "rate": self.optimizer.param_groups[0]["lr"],
-                    "pairs_per_second": self._timed * self.sampler.batch_size / seconds,
+                    "pairs_per_second": pairs / seconds,
                 }
             )
         self._sums.zero_()
