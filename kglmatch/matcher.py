@@ -752,7 +752,8 @@ def _maps(features: Features) -> Array:
 
 
 def _is_torch(array: Array) -> bool:
-    return "torch" in sys.modules and isinstance(array, sys.modules["torch"].Tensor)
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
 
 
 def _no_candidates() -> Candidates:

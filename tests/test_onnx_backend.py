@@ -13,7 +13,6 @@ import pytest
 from kglmatch import Matcher
 from kglmatch.errors import BackendError, KGLMatchError
 
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
