@@ -1,94 +1,567 @@
-"""The matcher on onnxruntime: the answers of PyTorch, without PyTorch."""
+"""The onnxruntime backend: PyTorch's answers without PyTorch, device memory, providers, damaged folders."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import logging
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+import torch
+from conftest import other_sensor, texture
 
-from kglmatch import Matcher
-from kglmatch.errors import BackendError, KGLMatchError
+from kglmatch import Features, Matcher
+from kglmatch.backends import onnx as backend_module
+from kglmatch.backends.onnx import (
+    CPU,
+    CUDA,
+    CUDA_OPTIONS,
+    DESCRIPTOR_FILES,
+    HEAD_FILE,
+    NEEDED_FILES,
+    TENSORRT,
+    DeviceMaps,
+    OnnxBackend,
+    choose_providers,
+    count_cuda_devices,
+    gather_graph,
+)
+from kglmatch.errors import BackendError, ConfigError, KGLMatchError, WeightsError
+from kglmatch.patches import extract_patches
 
-ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "data"
 
 
 @pytest.fixture(scope="module")
-def folder(exported):
-    return exported.folder
+def patches():
+    """Seven matching pairs, (7, 64, 64) float32 each."""
+    vis = texture(540, 90, seed=5)
+    xy = np.array([[40 + 70 * i, 45] for i in range(7)], np.float32)
+    return extract_patches(vis, xy), extract_patches(other_sensor(vis), xy)
 
 
 @pytest.fixture(scope="module")
-def onnx_matcher(folder):
-    return Matcher.from_onnx(folder, device="cpu", batch_size=8)
+def onnx_matcher(exported):
+    return Matcher.from_onnx(exported.folder, device="cpu", batch_size=3)
 
 
-def patches(n, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, 64, 64), dtype=np.uint8)
+@pytest.fixture
+def folder(exported, tmp_path):
+    """A copy of the exported graphs to spoil, without checksums."""
+    copy = tmp_path / "graphs"
+    shutil.copytree(exported.folder, copy)
+    (copy / "SHA256SUMS").unlink()
+    return copy
 
 
-@pytest.mark.parametrize("n", [0, 1, 11])
-def test_descriptors_and_scores_are_those_of_torch(matcher, onnx_matcher, n):
-    vis, ir = patches(n), patches(n, 1)
-    for modality, side in (("vis", vis), ("ir", ir)):
-        ours = onnx_matcher.describe(side, modality)
-        theirs = matcher.describe(side, modality)
+def set_metadata(path: Path, **values: str) -> None:
+    model = onnx.load(path)
+    meta = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, {**meta, **{f"kglmatch.{k}": v for k, v in values.items()}})
+    onnx.save(model, path)
+
+
+# --- the same answers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 7])
+def test_pytorchs_numbers_for_any_n(matcher, onnx_matcher, patches, n):
+    features = {}
+    for name, by in (("torch", matcher), ("onnx", onnx_matcher)):
+        features[name] = by.describe(patches[0][:n], "vis"), by.describe(patches[1][:n], "ir")
+    for ours, theirs in zip(features["onnx"], features["torch"], strict=True):
         assert ours.descriptors.shape == (n, 128)
-        assert np.abs(ours.descriptors - theirs.descriptors).max(initial=0) < 1e-4
-        alone = onnx_matcher.describe(side, modality, maps=False)
-        assert alone.maps is None
-        assert np.abs(alone.descriptors - ours.descriptors).max(initial=0) < 1e-5
-    assert np.abs(onnx_matcher.score(vis, ir) - matcher.score(vis, ir)).max(initial=0) < 1e-4
+        assert ours.descriptors.dtype == ours.maps.dtype == np.float32
+        assert np.abs(ours.descriptors - theirs.descriptors).max(initial=0) < 1e-5
+        assert np.abs(ours.maps - theirs.maps.numpy()).max(initial=0) < 1e-4
+    score = onnx_matcher.score(*features["onnx"])
+    assert score.shape == (n,)
+    assert score.dtype == np.float32
+    assert np.abs(score - matcher.score(*features["torch"])).max(initial=0) < 1e-5
 
 
-def test_matches_of_images_are_those_of_torch(matcher, onnx_matcher, image_pair):
-    options = {"max_displacement": 5, "max_keypoints": 40}
-    ours, theirs = (m.match_images(*image_pair, **options) for m in (onnx_matcher, matcher))
+def test_a_row_does_not_depend_on_its_batch(onnx_matcher, patches):
+    together = onnx_matcher.describe(patches[0], "vis")
+    alone = onnx_matcher.describe(patches[0][5:6], "vis")
+    assert np.abs(together.descriptors[5] - alone.descriptors[0]).max() < 1e-6
+    assert np.abs(together.maps[5] - alone.maps[0]).max() < 1e-5
+
+
+def test_kinds_of_patches(onnx_matcher, patches):
+    eight_bit = np.rint(patches[0][:2] * 255).astype(np.uint8)
+    given = eight_bit.copy()
+    expected = onnx_matcher.describe(eight_bit, "vis", maps=False).descriptors
+    assert np.array_equal(eight_bit, given)
+    for same in (eight_bit / 255.0, (eight_bit / 255).astype(np.float32)):
+        assert np.abs(onnx_matcher.describe(same, "vis", maps=False).descriptors - expected).max() < 1e-6
+    as_torch = onnx_matcher.describe(torch.from_numpy(eight_bit), "vis")
+    assert isinstance(as_torch.descriptors, torch.Tensor)
+    assert np.abs(as_torch.descriptors.numpy() - expected).max() < 1e-6
+    assert isinstance(
+        onnx_matcher.score(torch.from_numpy(eight_bit), torch.from_numpy(eight_bit)), torch.Tensor
+    )
+
+
+def test_descriptors_alone_do_not_run_the_metric_branch(exported, patches, monkeypatch):
+    by = Matcher.from_onnx(exported.folder, device="cpu")
+    ran = []
+    monkeypatch.setattr(
+        type(by.backend._memory),
+        "encode",
+        lambda self, session, patches, maps, at: ran.append(session) or np.zeros((len(patches), 128)),
+    )
+    assert by.describe(patches[0], "ir", maps=False).maps is None
+    assert ran == [by.backend._session(DESCRIPTOR_FILES["ir"])]
+    assert [output.name for output in ran[0].get_outputs()] == ["descriptor"]
+
+
+def test_chosen_rows(onnx_matcher, patches):
+    vis, ir = (onnx_matcher.describe(p, m).maps for p, m in zip(patches, ("vis", "ir"), strict=True))
+    rows_vis, rows_ir = np.array([6, 0, 0, 3]), np.array([1, 1, 6, 3])
+    chosen = onnx_matcher.backend.score(vis, ir, rows_vis, rows_ir)
+    assert np.abs(chosen - onnx_matcher.backend.score(vis[rows_vis], ir[rows_ir])).max() < 1e-6
+    assert onnx_matcher.backend.score(vis, ir, rows_vis[:0], rows_ir[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": None}, {"decide": "descriptor"}, {"decide": "metric"}])
+def test_the_same_matches(matcher, onnx_matcher, patches, options):
+    ours, theirs = (by.match(*patches, min_score=0, **options) for by in (onnx_matcher, matcher))
+    assert len(ours) >= 5
+    assert np.array_equal(ours.indices, theirs.indices)
+    assert np.abs(ours.scores - theirs.scores).max() < 1e-4
+    assert np.abs(ours.distances - theirs.distances).max() < 1e-4
+
+
+@pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the example images are not here")
+def test_the_same_matches_of_a_real_pair(matcher, exported):
+    by_onnx = Matcher.from_onnx(exported.folder, device="cpu")
+    pair = EXAMPLES / "sentinel2_red.tif", EXAMPLES / "sentinel2_nir.tif"
+    ours, theirs = (by.match_images(*pair, max_keypoints=96) for by in (by_onnx, matcher))
     assert len(ours) > 5
     assert np.array_equal(ours.indices, theirs.indices)
-    assert np.abs(ours.scores - theirs.scores).max() < 1e-3
+    assert np.array_equal(ours.inliers, theirs.inliers)
+    assert np.allclose(ours.homography, theirs.homography, atol=1e-6)
 
 
-def test_pytorch_is_not_needed(folder):
-    program = f"""
+def test_features_travel_between_backends(matcher, onnx_matcher, patches, tmp_path):
+    ours, theirs = onnx_matcher.describe(patches[0], "vis"), matcher.describe(patches[1], "ir")
+    ours.save(tmp_path / "vis.npz")
+    score = onnx_matcher.score(Features.load(tmp_path / "vis.npz"), theirs)
+    assert np.abs(score - matcher.score(ours, theirs)).max() < 1e-5
+
+
+def test_without_pytorch(exported, image_pair, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
 import sys
-sys.modules["torch"] = None  # an import of it fails from here on
+forbidden = "torch", "onnx", "onnxscript", "safetensors", "huggingface_hub"
+for name in forbidden:
+    sys.modules[name] = None  # importing it raises
 import numpy as np
-from kglmatch import Matcher
-matcher = Matcher.from_onnx({str(folder)!r}, device="cpu")
-x = np.zeros((3, 64, 64), np.uint8)
-x[:, 10:40, 20:50] = 200
-features = matcher.describe(x, "vis"), matcher.describe(x, "ir")
-print(matcher.score(*features).shape, len(matcher.match(*features, min_score=0)))
+from kglmatch import Features, Matcher
+folder, vis, ir, out = sys.argv[1:]
+matcher = Matcher.from_onnx(folder, device="cpu")
+patches = np.random.default_rng(0).random((3, 64, 64))
+a, b = matcher.describe(patches, "vis"), matcher.describe(patches, "ir")
+assert matcher.score(a, b).shape == (3,)
+assert matcher.match(a[:2], b, min_score=0).indices.shape[1] == 2
+matches = matcher.match_images(vis, ir, max_keypoints=16)
+assert len(matches) and matches.keypoints_vis.shape == (len(matches), 2)
+assert matcher.match_images(vis, ir, max_keypoints=16, max_displacement=4, decide="descriptor")
+a.save(out)
+assert matcher.score(Features.load(out), b).shape == (3,)
+assert "onnx" in repr(matcher)
+assert not [name for name in sys.modules if name.split(".")[0] in forbidden and sys.modules[name]]
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
     )
+    command = [sys.executable, script, exported.folder, *image_pair, tmp_path / "features.npz"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("(3,)")
 
 
-def test_a_provider_that_is_not_there_is_an_error(folder):
-    with pytest.raises(BackendError):
-        Matcher.from_onnx(folder, providers=["NoSuchExecutionProvider"])
+def test_it_says_what_it_is(onnx_matcher, matcher, tmp_path):
+    assert repr(onnx_matcher) == "Matcher(onnx, device='cpu', dtype='float32')"
+    assert onnx_matcher.config == matcher.config
+    with pytest.raises(KGLMatchError, match="holds no weights"):
+        onnx_matcher.save_pretrained(tmp_path / "model")
 
 
-def test_wrong_folders_and_damaged_graphs_are_errors(folder, tmp_path):
-    with pytest.raises(KGLMatchError):
-        Matcher.from_onnx(tmp_path / "missing", device="cpu")
-    with pytest.raises(KGLMatchError):
-        Matcher.from_onnx(tmp_path, device="cpu")
-    for change in ("missing", "truncated"):
-        copy = tmp_path / change
-        shutil.copytree(folder, copy)
-        graph = copy / "encoder_vis.onnx"
-        if change == "missing":
-            graph.unlink()
-        else:
-            graph.write_bytes(graph.read_bytes()[:1000])
-        with pytest.raises(KGLMatchError):
-            broken = Matcher.from_onnx(copy, device="cpu")
-            broken.describe(patches(1), "vis")
+def test_threads_as_in_pytorch(exported, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    session = OnnxBackend(exported.folder, device="cpu")._session(HEAD_FILE)
+    assert session.get_session_options().intra_op_num_threads == 1
+
+
+# --- device memory, tried on the CPU's ------------------------------------------------------------
+
+
+@pytest.fixture
+def bound(exported, monkeypatch):
+    """A backend that treats the CPU's memory as a device's: bound buffers, padded batches, gathering."""
+    monkeypatch.setattr(backend_module, "DEVICE_MEMORY", {CPU: "cpu"})
+    return OnnxBackend(exported.folder, device="cpu", batch_size=4)
+
+
+@pytest.mark.parametrize("n", [0, 1, 4, 7])
+def test_bound_memory_gives_the_same(bound, onnx_matcher, patches, n):
+    expected, expected_maps = onnx_matcher.backend.encode(patches[0][:n], "vis", maps=True)
+    descriptors, maps = bound.encode(patches[0][:n], "vis", maps=True)
+    assert isinstance(maps, DeviceMaps)
+    assert len(maps) == n
+    assert maps.shape == (n, 256, 8, 8)
+    assert np.abs(descriptors - expected).max(initial=0) < 1e-6
+    assert np.abs(maps.numpy() - expected_maps).max(initial=0) < 1e-5
+    alone, none = bound.encode(patches[0][:n], "vis", maps=False)
+    assert none is None
+    assert np.abs(alone - expected).max(initial=0) < 1e-6
+    assert (
+        np.abs(bound.score(maps, maps) - onnx_matcher.backend.score(expected_maps, expected_maps)).max(
+            initial=0
+        )
+        < 1e-5
+    )
+
+
+def test_results_are_not_overwritten_by_the_next_batch(bound, patches):
+    first, first_maps = bound.encode(patches[0], "vis", maps=True)
+    kept, kept_maps = first.copy(), first_maps.numpy().copy()
+    second, second_maps = bound.encode(patches[1], "vis", maps=True)
+    assert np.array_equal(first, kept)
+    assert np.array_equal(first_maps.numpy(), kept_maps)
+    assert np.abs(second - first).max() > 1e-3
+    assert np.abs(second_maps.numpy() - kept_maps).max() > 1e-3
+
+
+def test_device_maps_are_indexed_without_a_copy(bound, onnx_matcher, patches):
+    by = Matcher(bound)
+    vis, ir = by.describe(patches[0], "vis"), by.describe(patches[1], "ir")
+    whole = vis.maps.numpy()
+    mask = np.array([True, False, True, True, False, False, True])
+    for rows in (slice(2, 6), mask, np.array([5, 5, 0]), np.empty(0, np.int64)):
+        part = vis[rows]
+        assert part.maps.store is vis.maps.store
+        assert np.array_equal(part.maps.numpy(), whole[rows])
+    assert np.array_equal(vis[2:][mask[2:]].maps.numpy(), whole[2:][mask[2:]])
+    rows = np.array([6, 1, 1])
+    expected = onnx_matcher.backend.score(whole, ir.maps.numpy())
+    assert np.abs(by.score(vis[rows], ir[rows]) - expected[rows]).max() < 1e-5
+    assert np.array_equal(
+        by.match(vis, ir, min_score=0).indices, onnx_matcher.match(*patches, min_score=0).indices
+    )
+
+
+def test_maps_from_elsewhere_are_taken_to_the_device(bound, patches, tmp_path):
+    by = Matcher(bound)
+    vis, ir = by.describe(patches[0], "vis"), by.describe(patches[1], "ir")
+    vis.save(tmp_path / "vis.npz")
+    loaded = Features.load(tmp_path / "vis.npz")
+    assert np.abs(by.score(loaded, ir) - by.score(vis, ir)).max() < 1e-6
+    assert by.score(loaded[:0], ir[:0]).shape == (0,)
+
+
+def test_the_gather_graph_is_valid_onnx():
+    model = onnx.load_from_string(gather_graph())
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(gather_graph(), providers=[CPU])
+    maps, rows = np.random.default_rng(0).random((5, 2, 3, 3), dtype=np.float32), np.array([4, 0, 0])
+    assert np.array_equal(session.run(None, {"maps": maps, "rows": rows})[0], maps[rows])
+
+
+def test_a_cuda_graph_is_not_asked_of_the_gathering(exported, monkeypatch):
+    asked = []
+    make = backend_module._make_session
+
+    def spy(graph, providers):
+        asked.append((graph, providers))
+        return make(graph, [(CPU, {})])
+
+    monkeypatch.setattr(backend_module, "_make_session", spy)
+    providers = [(TENSORRT, {}), (CUDA, {"enable_cuda_graph": "1", "device_id": "0"})]
+    backend_module._DeviceMemory((256, 8, 8), 4, "cpu", 0, providers)
+    assert asked == [(gather_graph(), [(CUDA, {"device_id": "0"})])]
+
+
+# --- providers ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_gpu(monkeypatch):
+    """An onnxruntime that lists CUDA and TensorRT, and a driver that reports two GPUs."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
+    monkeypatch.setattr(backend_module, "count_cuda_devices", lambda: 2)
+
+
+def cuda(index: int, **options: str) -> tuple[str, dict[str, str]]:
+    return CUDA, {**CUDA_OPTIONS, "device_id": str(index), **options}
+
+
+def test_providers_by_device(with_gpu):
+    assert choose_providers(None, "auto") == ([cuda(0)], True)
+    assert choose_providers("auto", "auto") == ([cuda(0)], True)
+    assert choose_providers(None, "cuda") == ([cuda(0)], False)
+    assert choose_providers(None, "cuda:1") == ([cuda(1)], False)
+    assert choose_providers(None, "cpu") == ([(CPU, {})], False)
+    with pytest.raises(BackendError, match="reports 2 GPUs"):
+        choose_providers(None, "cuda:2")
+
+
+def test_providers_by_name(with_gpu):
+    chosen, automatic = choose_providers([(TENSORRT, {"trt_fp16_enable": True}), CUDA, CPU], "auto")
+    assert chosen == [(TENSORRT, {"trt_fp16_enable": "True"}), (CUDA, CUDA_OPTIONS), (CPU, {})]
+    assert not automatic
+    (_, options), *_ = choose_providers([(CUDA, {"use_tf32": 1})], "auto")[0]
+    assert options["use_tf32"] == "1"
+
+
+def test_tf32_is_off():
+    assert CUDA_OPTIONS["use_tf32"] == "0"
+
+
+def test_auto_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(backend_module, "count_cuda_devices", lambda: 0)
+    assert choose_providers(None, "auto") == ([(CPU, {})], True)
+    with pytest.raises(BackendError, match="reports 0 GPUs"):
+        choose_providers(None, "cuda")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:-1", "cpu:1", "", "auto:1"])
+def test_a_device_that_is_none(exported, device):
+    with pytest.raises(BackendError, match="device must be"):
+        Matcher.from_onnx(exported.folder, device=device)
+
+
+def test_providers_that_this_onnxruntime_lacks(exported, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
+    with pytest.raises(BackendError, match=r"NoSuchProvider was asked for, but this onnxruntime has CPU"):
+        Matcher.from_onnx(exported.folder, providers=["NoSuchProvider"])
+    with pytest.raises(BackendError, match=r'device "cuda:0" was asked for.*onnxruntime-gpu'):
+        Matcher.from_onnx(exported.folder, device="cuda:0")
+    with pytest.raises(BackendError, match="not both"):
+        Matcher.from_onnx(exported.folder, providers=[CPU], device="cpu")
+    for none in ("CUDAExecutionProvider", []):
+        with pytest.raises(BackendError, match=r'must be "auto" or a list'):
+            Matcher.from_onnx(exported.folder, providers=none)
+
+
+def test_two_packages_at_once_are_explained(monkeypatch):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "1.23.0")
+    with pytest.raises(
+        BackendError, match=r"both onnxruntime and onnxruntime-gpu are installed.*pip uninstall"
+    ):
+        choose_providers(None, "cuda")
+
+
+def test_one_package_is_not_two():
+    installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
+    both = {"onnxruntime", "onnxruntime-gpu"} <= installed
+    assert backend_module.both_packages_installed() == both
+
+
+def test_the_driver_is_asked_for_gpus(monkeypatch):
+    def no_driver(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(backend_module.ctypes, "CDLL", no_driver)
+    assert count_cuda_devices() == 0
+
+
+@pytest.fixture
+def cuda_that_fails(with_gpu, monkeypatch):
+    """CUDA is listed, and the session that is asked for it runs on the CPU, as onnxruntime does."""
+    make = backend_module._make_session
+    monkeypatch.setattr(backend_module, "_make_session", lambda graph, providers: make(graph, [(CPU, {})]))
+
+
+def test_a_provider_that_did_not_come_up(exported, cuda_that_fails):
+    for options in ({"device": "cuda"}, {"providers": [CUDA, CPU]}):
+        with pytest.raises(BackendError, match=r"CUDAExecutionProvider did not come up \(running: CPU"):
+            Matcher.from_onnx(exported.folder, **options)
+
+
+def test_a_provider_that_raises(exported, with_gpu, monkeypatch):
+    def fail(*_):
+        raise backend_module.ort_state.EPFail("cuDNN is\nnot here")
+
+    monkeypatch.setattr(backend_module, "_make_session", fail)
+    with pytest.raises(BackendError, match=r"did not start for encoder_vis.onnx: cuDNN is not here"):
+        Matcher.from_onnx(exported.folder, device="cuda")
+
+
+def test_auto_says_what_it_chose(exported, cuda_that_fails, caplog):
+    with caplog.at_level(logging.INFO, logger="kglmatch"):
+        by = Matcher.from_onnx(exported.folder)
+    assert by.device == "cpu"
+    warning, chosen = caplog.records
+    assert warning.levelname == "WARNING"
+    assert "did not come up" in warning.message
+    assert chosen.message.endswith(f"runs by {CPU} on cpu")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="kglmatch"):
+        Matcher.from_onnx(exported.folder, device="cpu")
+    assert not caplog.records
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def load(folder: Path) -> Matcher:
+    return Matcher.from_onnx(folder, device="cpu")
+
+
+def test_checksums_are_not_needed(folder):
+    assert load(folder).device == "cpu"
+
+
+def test_what_is_no_folder_of_graphs(exported, tmp_path):
+    for wrong in (tmp_path / "nowhere", exported.folder / HEAD_FILE):
+        with pytest.raises(WeightsError, match="is not a folder"):
+            load(wrong)
+    with pytest.raises(WeightsError, match=r"it lacks config.json, encoder_vis.onnx.*kglmatch export"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("file", NEEDED_FILES)
+def test_a_missing_file(folder, file):
+    (folder / file).unlink()
+    with pytest.raises(WeightsError, match=f"it lacks {file};"):
+        load(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty"])
+def test_a_damaged_graph(folder, damage):
+    path = folder / "encoder_ir.onnx"
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[:-100000], "noise": b"\x01" * 5000, "empty": b""}[damage])
+    with pytest.raises(WeightsError, match=r"encoder_ir.onnx") as caught:
+        load(folder)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_flipped_bit_is_found_by_the_checksum(exported, folder):
+    shutil.copy(exported.folder / "SHA256SUMS", folder)
+    load(folder)
+    path = folder / DESCRIPTOR_FILES["vis"]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(WeightsError, match=r"descriptor_vis.onnx is damaged or of another export"):
+        load(folder)
+    (folder / "SHA256SUMS").write_bytes(b"\xff\x00 nonsense")
+    with pytest.raises(WeightsError, match="its checksum is not that in SHA256SUMS"):
+        load(folder)
+
+
+def test_graphs_that_were_mixed_up(folder):
+    shutil.copy(folder / "encoder_vis.onnx", folder / "encoder_ir.onnx")
+    with pytest.raises(WeightsError, match=r"encoder_ir.onnx is encoder_vis.onnx under another name"):
+        load(folder)
+
+
+@pytest.mark.parametrize(("key", "value"), [("weights", "0" * 64), ("dtype", "float16")])
+def test_a_graph_of_another_model(folder, key, value):
+    set_metadata(folder / HEAD_FILE, **{key: value})
+    with pytest.raises(WeightsError, match=r"metric_head.onnx is of another model or precision"):
+        load(folder)
+
+
+def test_a_descriptor_graph_of_another_model_is_noticed_on_first_use(folder, patches):
+    set_metadata(folder / DESCRIPTOR_FILES["ir"], weights="0" * 64)
+    by = load(folder)
+    with pytest.raises(WeightsError, match="of another model"):
+        by.describe(patches[1], "ir", maps=False)
+
+
+@pytest.mark.parametrize("graph", [gather_graph(), None])
+def test_a_foreign_graph(folder, graph):
+    path = folder / "encoder_vis.onnx"
+    if graph is None:
+        set_metadata(path, architecture="{")
+    else:
+        path.write_bytes(graph)
+    with pytest.raises(WeightsError, match="is not a graph that kglmatch export --onnx wrote"):
+        load(folder)
+
+
+def test_a_configuration_of_another_model(folder, matcher):
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "patch_size": 32}))
+    with pytest.raises(WeightsError, match=r"patch_size is 64 in the graph and 32 in the configuration"):
+        load(folder)
+    path.write_text(json.dumps({**values, "inference": {"detector": "grid"}}))
+    assert load(folder).config.inference == {"detector": "grid"}
+    path.write_text("{}")
+    with pytest.raises(ConfigError):
+        load(folder)
+
+
+def test_a_bad_batch(exported):
+    with pytest.raises(KGLMatchError, match="batch_size must be at least 1"):
+        Matcher.from_onnx(exported.folder, device="cpu", batch_size=0)
+
+
+# --- from_pretrained ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exports(monkeypatch, exported):
+    """Counts exports; each copies the graphs that are there."""
+    made = []
+
+    def copy(state, config, folder, **options):
+        made.append(options)
+        shutil.copytree(exported.folder, folder)
+
+    monkeypatch.setattr("kglmatch.export.export_onnx", copy)
+    return made
+
+
+def test_a_model_is_exported_once(exports, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = {"backend": "onnx", "device": "cpu"}
+    for _ in range(2):
+        assert Matcher.from_pretrained("kglnet-vis-nir", **options).backend.name == "onnx"
+    assert exports == [{"name": "kglnet-vis-nir", "half": False}]
+    assert [p.parent.name for p in (tmp_path / "cache").glob("*/*")] == ["kglmatch-onnx"]
+    Matcher.from_pretrained("kglnet-vis-nir", cache_dir=tmp_path / "mine", **options)
+    assert len(exports) == 2
+
+
+def test_graphs_that_lie_with_the_model_are_taken(exports, exported, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(exported.folder, model / "onnx")
+    for place in (model, model / "onnx"):
+        by = Matcher.from_pretrained(place, backend="onnx", device="cpu", batch_size=5)
+        assert (by.backend.name, by.backend.batch_size) == ("onnx", 5)
+    with pytest.raises(BackendError, match="are in float32"):
+        Matcher.from_pretrained(model, backend="onnx", device="cpu", dtype="float16")
+    assert not exports
+
+
+def test_without_pytorch_and_without_graphs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kglmatch.export", None)
+    with pytest.raises(BackendError, match=r"needs PyTorch and onnx.*kglmatch export --onnx"):
+        Matcher.from_pretrained("kglnet-vis-nir", backend="onnx", device="cpu", cache_dir=tmp_path)
+
+
+def test_bad_backends(tmp_path):
+    with pytest.raises(BackendError, match="backend must be one of"):
+        Matcher.from_pretrained(backend="tensorflow")
+    with pytest.raises(BackendError, match='give backend="onnx"'):
+        Matcher.from_pretrained(providers=[CPU])
+    with pytest.raises(BackendError, match="dtype must be"):
+        Matcher.from_pretrained(backend="onnx", device="cpu", dtype="bfloat16")
+    with pytest.raises(WeightsError, match="unknown model"):
+        Matcher.from_pretrained("no-such-model", backend="onnx", device="cpu", cache_dir=tmp_path)

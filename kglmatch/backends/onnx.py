@@ -451,13 +451,14 @@ def gather_graph() -> bytes:
     def integer(number: int, value: int) -> bytes:
         return bytes([number << 3]) + _varint(value)
 
-    def value(name: str, element: int) -> bytes:
-        return field(1, name.encode()) + field(2, field(1, integer(1, element)))
+    def value(name: str, element: int, rank: int) -> bytes:
+        any_shape = field(2, *[field(1)] * rank)
+        return field(1, name.encode()) + field(2, field(1, integer(1, element), any_shape))
 
     float32, int64 = 1, 7
     node = field(1, b"maps") + field(1, b"rows") + field(2, b"out") + field(4, b"Gather")
-    inputs = field(11, value("maps", float32)) + field(11, value("rows", int64))
-    graph = field(1, node) + field(2, b"gather") + inputs + field(12, value("out", float32))
+    inputs = field(11, value("maps", float32, 4)) + field(11, value("rows", int64, 1))
+    graph = field(1, node) + field(2, b"gather") + inputs + field(12, value("out", float32, 4))
     ir_version, opset = 8, 13
     return integer(1, ir_version) + field(7, graph) + field(8, integer(2, opset))
 
