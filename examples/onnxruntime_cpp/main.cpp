@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdio>
 #include <exception>
+#include <filesystem>
 #include <fstream>
 #include <stdexcept>
 #include <string>
@@ -33,7 +34,7 @@ std::vector<float> ReadPatch(const std::string& path) {
   return pixels;
 }
 
-float Score(const std::string& model, std::vector<float>& vis, std::vector<float>& ir) {
+float Score(const std::filesystem::path& model, std::vector<float>& vis, std::vector<float>& ir) {
   Ort::Env env(ORT_LOGGING_LEVEL_WARNING, "kglmatch");
   Ort::Session session(env, model.c_str(), Ort::SessionOptions());
   const std::array<int64_t, 4> shape{1, 1, kSize, kSize};
