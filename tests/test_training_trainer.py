@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -207,21 +206,14 @@ def test_sigkill_and_resume_by_the_command(config, unbroken, tmp_path):
     run = tmp_path / "run"
     program = str(Path(__file__).with_name("thin_network.py"))
     command = [sys.executable, program, "train", str(path), "-o", str(run), "--device", "cpu"]
+    options = {"capture_output": True, "text": True}
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        while process.poll() is None and not (run / "checkpoint.pt").exists():
-            time.sleep(0.005)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert load_checkpoint(run / "checkpoint.pt")["step"] < config.steps
-    (run / ".tmp-0123456789abcdef.pt").write_bytes(b"cut short")  # as a kill within a write leaves it
-    resumed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "going on from step" in resumed.stderr and f"{run / 'model'}: step" in resumed.stdout
+    killed = subprocess.run(command, env={**environment, "KILL_IN_SAVE": "1"}, **options, check=False)
+    assert killed.returncode == -signal.SIGKILL and "Traceback" not in killed.stderr
+    assert [path.name[:5] for path in run.glob(".*")] == [".tmp-"]
+    assert load_checkpoint(run / "checkpoint.pt")["step"] == 2
+    resumed = subprocess.run(command, env=environment, **options, check=True)
+    assert "going on from step 2" in resumed.stderr and f"{run / 'model'}: step" in resumed.stdout
     assert sorted(p.name for p in run.iterdir()) == ["checkpoint.pt", "log.jsonl", "model"]
     assert_same_run(run, unbroken[0])
 

@@ -1,10 +1,15 @@
 """A KGL-Net with few channels, and small image pairs, so that whole training runs take seconds.
 
-`python tests/thin_network.py train ...` is `kglmatch train ...` with that network.
+`python tests/thin_network.py train ...` is `kglmatch train ...` with that network. With KILL_IN_SAVE=N in
+the environment the process kills itself in the middle of writing its checkpoint number N, from 0.
 """
 
 from __future__ import annotations
 
+import io
+import itertools
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -33,9 +38,30 @@ def write_image_pairs(folder: Path, count: int = 4) -> None:
             cv2.imwrite(str(folder / f"{i:04}_{name}.png"), np.rint(picture * 255).astype(np.uint8))
 
 
+def kill_in_save(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Lets the process die half-way through a `torch.save`."""
+    import torch
+
+    count, whole = itertools.count(), torch.save
+
+    def save(state: object, path: Path) -> None:
+        if next(count) < number:
+            whole(state, path)
+            return
+        content = io.BytesIO()
+        whole(state, content)
+        path.write_bytes(content.getvalue()[: content.tell() // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    patch.setattr(torch, "save", save)
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from kglmatch.cli import main
 
-    make_thin(pytest.MonkeyPatch())
+    patches = pytest.MonkeyPatch()
+    make_thin(patches)
+    if "KILL_IN_SAVE" in os.environ:
+        kill_in_save(patches, int(os.environ["KILL_IN_SAVE"]))
     sys.exit(main())
