@@ -1,7 +1,7 @@
 """README and guide: every Python block runs, every shell line exists, every link leads somewhere.
 
-Keypoint detection keeps few keypoints here, and the ONNX export is made once, so that the pages run in
-seconds; nothing else of the package is changed.
+Keypoint detection keeps few keypoints here, and the ONNX export is the one that all tests share, so that
+the pages run in seconds; nothing else of the package is changed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pytest
 import kglmatch.cli
 import kglmatch.export
 import kglmatch.keypoints
+import kglmatch.matcher
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -28,8 +29,7 @@ OTHER_LANGUAGES = {"text", "bibtex", "toml", "json", "cpp", "cmake"}
 OTHER_PROGRAMS = {"pip", "pytest", "python", "mkdocs", "cmake", "torchrun"}
 # Commands that take no more than a second or two; of the others the options alone are checked.
 QUICK = {"info", "match", "score"}
-FEW_KEYPOINTS = 24
-EXPORT = kglmatch.export.export_onnx
+FEW_KEYPOINTS = 16
 
 
 def name(page: Path) -> str:
@@ -57,34 +57,23 @@ with_python = [page for page in PAGES if blocks(page, "python")]
 with_shell = [page for page in PAGES if shell_lines(page)]
 
 
-@pytest.fixture(scope="session")
-def export_once(tmp_path_factory: pytest.TempPathFactory):
-    """`export_onnx` that exports a first time, for all pages, and hands out copies of that."""
-    done: list = []
-
-    def export(state, config, folder, **options):
-        if not done:
-            first = tmp_path_factory.mktemp("export") / "onnx"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(kglmatch.export, "CHECKED_N", (1, 2))
-                done.append((first, EXPORT(state, config, first, **options)))
-        first, report = done[0]
-        shutil.copytree(first, folder)
-        return dataclasses.replace(report, folder=Path(folder))
-
-    return export
-
-
 @pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export_once) -> Path:
-    """A current folder with a copy of the example data; few keypoints, and one export for all pages."""
+def checkout(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request) -> Path:
+    """A current folder with a copy of the example data; few keypoints, and the tests' one export."""
     detect = kglmatch.keypoints.detect_keypoints
 
     def detect_few(*args, max_keypoints: int = FEW_KEYPOINTS, **options):
         return detect(*args, max_keypoints=min(max_keypoints, FEW_KEYPOINTS), **options)
 
-    monkeypatch.setattr("kglmatch.matcher.detect_keypoints", detect_few)
-    monkeypatch.setattr(kglmatch.export, "export_onnx", export_once)
+    monkeypatch.setattr(kglmatch.matcher, "detect_keypoints", detect_few)
+    if any("export_onnx(" in text for _, text in blocks(page, "python")):
+        exported = request.getfixturevalue("exported")
+
+        def export_copy(_state, _config, folder, **_options):
+            shutil.copytree(exported.folder, folder)
+            return dataclasses.replace(exported, folder=Path(folder))
+
+        monkeypatch.setattr(kglmatch.export, "export_onnx", export_copy)
     shutil.copytree(ROOT / "examples" / "data", tmp_path / "examples" / "data")
     monkeypatch.chdir(tmp_path)
     return tmp_path
