@@ -116,7 +116,7 @@ def export_onnx(
         half: convolutions in float16; FRN statistics, pooling and the L2 norm in float32, and so are
             inputs and outputs. No input in [0, 65535] overflows.
         batch: a fixed N; None leaves it open.
-        opset: 18 to 23.
+        opset: 18 to 23; below 23 for onnxruntime before 1.23, or TensorRT before 10.15.
 
     Returns:
         files, sizes, node counts and the measured differences.
