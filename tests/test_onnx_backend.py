@@ -100,7 +100,7 @@ def test_kinds_of_patches(onnx_matcher, patches):
     given = eight_bit.copy()
     expected = onnx_matcher.describe(eight_bit, "vis", maps=False).descriptors
     assert np.array_equal(eight_bit, given)
-    for same in (eight_bit / 255.0, (eight_bit / 255).astype(np.float32)):
+    for same in (eight_bit / 255.0, (eight_bit / 255).astype(np.float32), np.asfortranarray(eight_bit)):
         assert np.abs(onnx_matcher.describe(same, "vis", maps=False).descriptors - expected).max() < 1e-6
     as_torch = onnx_matcher.describe(torch.from_numpy(eight_bit), "vis")
     assert isinstance(as_torch.descriptors, torch.Tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import hashlib
@@ -167,7 +168,7 @@ class OnnxBackend:
         metric_maps = self._memory.new_maps(n) if maps else None
         for start in steps(range(0, n, self.batch_size), f"describe {modality}", show=self.progress):
             part = slice(start, start + self.batch_size)
-            chunk = values[part].astype(np.float32)[:, None]
+            chunk = np.array(values[part], np.float32, order="C")[:, None]
             if values.dtype == np.uint8:
                 chunk /= np.float32(255)
             descriptors[part] = self._memory.encode(session, chunk, metric_maps, start)
@@ -582,8 +583,9 @@ def _make_session(graph: str | bytes, providers: Sequence[Provider]) -> Session:
     options.intra_op_num_threads = int(threads) if threads.isdecimal() else 0
     names = [name for name, _ in providers]
     if CUDA in names or TENSORRT in names:
-        # Finds CUDA and cuDNN in packages from pip, which are on no library path.
-        onnxruntime.preload_dlls()
+        # Finds CUDA and cuDNN in packages from pip, which are on no library path; prints what it misses.
+        with contextlib.redirect_stdout(sys.stderr):
+            onnxruntime.preload_dlls()
     return onnxruntime.InferenceSession(
         graph, options, providers=names, provider_options=[o for _, o in providers], enable_fallback=0
     )
