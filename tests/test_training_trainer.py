@@ -129,9 +129,9 @@ def test_training_lowers_the_loss(config, tmp_path):
 
 def test_the_average_is_an_exponential_one(config, tmp_path):
     trainer = Trainer(dataclasses.replace(config, steps=2), tmp_path, device="cpu")
-    trainer._one_step()
+    trainer.one_step()
     first = trainer.net.metric_head.fc1.weight.detach().clone()
-    trainer._one_step()
+    trainer.one_step()
     second = trainer.net.metric_head.fc1.weight.detach()
     average = trainer.averaged_net.metric_head.fc1.weight
     assert not torch.equal(first, second)
@@ -142,7 +142,7 @@ def test_the_two_learning_rates(config, tmp_path):
     still = dataclasses.replace(config, learning_rate=1e-12, warmup_steps=0)
     trainer = Trainer(still, tmp_path, device="cpu")
     before = {name: p.detach().clone() for name, p in trainer.net.named_parameters()}
-    trainer._one_step()
+    trainer.one_step()
     for name, parameter in trainer.net.named_parameters():
         moved = (parameter.detach() - before[name]).abs().max().item()
         assert (moved > 1e-4) == name.startswith("metric_head"), name
@@ -230,7 +230,7 @@ def test_a_finished_run_has_nothing_to_do(config, unbroken, monkeypatch):
     folder, best = unbroken
     before = (folder / "log.jsonl").read_bytes()
     trainer = Trainer(config, folder, device="cpu")
-    monkeypatch.setattr(trainer, "_one_step", lambda: pytest.fail("a step was made"))
+    monkeypatch.setattr(trainer, "one_step", lambda: pytest.fail("a step was made"))
     assert trainer.train(progress=False) == best
     assert (folder / "log.jsonl").read_bytes() == before
 

@@ -178,7 +178,7 @@ class Trainer:
             while self.steps is None or self.step < self.steps:
                 if timed_steps == 0:
                     timed_from = time.perf_counter()
-                self._one_step()
+                self.one_step()
                 timed_steps += 1
                 if self._fitting and time_budget is not None and timed_steps >= _TIMED_STEPS:
                     seconds = (time.perf_counter() - timed_from) / timed_steps
@@ -195,8 +195,8 @@ class Trainer:
                     self.save_checkpoint()
         return dict(self.best or {})
 
-    def _one_step(self) -> None:
-        """One batch: loss, gradients, optimizer, average."""
+    def one_step(self) -> None:
+        """Makes one step: batch, loss, gradients, optimizer, average."""
         factor = self._rate_factor()
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
