@@ -43,6 +43,7 @@ _MIN_WINDOWS = 8
 # A transform with more parameters must win so much more of the held-out votes.
 _KIND_GAIN = 1.01
 _CANDIDATES: tuple[TransformKind, ...] = ("similarity", "affine", "homography")
+_CHANCE = 0.1  # mean vote that a fit to unrelated images reaches
 _CLEAR_PEAK = 2.2  # standard deviations above a surface's mean
 
 
@@ -129,7 +130,8 @@ def align(
         if level is None:
             continue
         correction, vote = _fit(level, _steps_to(kind), (2.0, 1.0))
-        refined.append((vote, level.full(correction)))
+        if vote > _CHANCE:
+            refined.append((vote, level.full(correction)))
     refined.sort(key=lambda item: -item[0])
     alternatives: list[Alignment] = []
     for _, transform in refined:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 CHANNELS = 6
 _PRE_BLUR = 0.8  # pixels: below it lies sensor noise
 _POOL = 0.8  # pixels: edges of two sensors are a little apart
+_NEIGHBOURHOOD = 33  # pixels
+_NOISE = 1e-4  # of Scharr's gain of 32: far below a grey level of 8 bits
 _CHUNK = 24  # windows whose spectra are held at once
 
 Maps = NDArray[np.float32]
@@ -40,8 +42,9 @@ def structure_maps(image: NDArray[np.float32], channels: int = CHANNELS) -> Maps
     # What is alike in all directions says nothing about direction.
     maps -= maps.mean(axis=0, keepdims=True)
     norm = np.sqrt(np.square(maps).sum(axis=0))
-    floor = 0.5 * np.median(norm) + 1e-4  # of Scharr's gain of 32: far below a grey level of 8 bits
-    return maps / np.sqrt(np.square(norm) + floor**2)
+    # Weak edges count where all are weak, in the dark half of a scene; noise counts nowhere.
+    floor = 0.75 * cv2.blur(norm, (_NEIGHBOURHOOD, _NEIGHBOURHOOD))
+    return maps / np.sqrt(np.square(norm) + np.square(floor) + _NOISE**2)
 
 
 def correlate_windows(
