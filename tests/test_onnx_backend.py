@@ -37,7 +37,8 @@ from kglmatch.backends.onnx import (
 from kglmatch.errors import BackendError, ConfigError, KGLMatchError, WeightsError
 from kglmatch.patches import extract_patches
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "data"
+CHECKOUT = Path(__file__).resolve().parents[1]
+EXAMPLES = CHECKOUT / "examples" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +148,8 @@ def test_the_same_matches_of_a_real_pair(matcher, exported):
     ours, theirs = (by.match_images(*pair, max_keypoints=96) for by in (by_onnx, matcher))
     assert len(ours) > 5
     assert np.array_equal(ours.indices, theirs.indices)
+    assert np.abs(ours.scores - theirs.scores).max() < 1e-5
+    assert np.abs(ours.distances - theirs.distances).max() < 1e-5
     assert np.array_equal(ours.inliers, theirs.inliers)
     assert np.allclose(ours.homography, theirs.homography, atol=1e-6)
 
@@ -184,9 +187,49 @@ assert not [name for name in sys.modules if name.split(".")[0] in forbidden and 
 """
     )
     command = [sys.executable, script, exported.folder, *image_pair, tmp_path / "features.npz"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the example images are not here")
+def test_the_example_without_pytorch(exported, tmp_path):
+    # Found before every other: importing it raises.
+    (tmp_path / "torch.py").write_text("raise ImportError('PyTorch is not installed')")
+    pair = EXAMPLES / "sentinel2_red.tif", EXAMPLES / "sentinel2_nir.tif"
+    command = [sys.executable, CHECKOUT / "examples" / "onnx_only.py", exported.folder, *pair]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(CHECKOUT)))}
+    done = subprocess.run(
+        [*command, "--max-keypoints", "48"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Matcher(onnx, ")
+    assert done.stdout.endswith("torch imported: False\n")
+
+
+@pytest.mark.skipif(
+    "ONNXRUNTIME_ROOT" not in os.environ or shutil.which("cmake") is None,
+    reason="needs CMake, and ONNXRUNTIME_ROOT: a folder with include/ and lib/ of onnxruntime",
+)
+def test_the_example_in_cpp(exported, matcher, patches, tmp_path):
+    source, build = CHECKOUT / "examples" / "onnxruntime_cpp", tmp_path / "build"
+    root = f"-DONNXRUNTIME_ROOT={os.environ['ONNXRUNTIME_ROOT']}"
+    subprocess.run(["cmake", "-S", source, "-B", build, root], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", build], check=True, capture_output=True)
+    vis, ir = (np.rint(p[:4] * 255).astype(np.uint8) for p in patches)
+    scores = []
+    for i, pair in enumerate(zip(vis, ir, strict=True)):
+        files = [tmp_path / f"{modality}{i}.pgm" for modality in ("vis", "ir")]
+        for file, patch in zip(files, pair, strict=True):
+            file.write_bytes(b"P5\n64 64\n255\n" + patch.tobytes())
+        command = [build / "score_pair", exported.folder / "pair_score.onnx", *files]
+        scores.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    assert np.abs(matcher.score(vis, ir) - scores).max() < 2e-6
+
+    files[1].write_bytes(b"P5\n64 64\n255\nshort")
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"score_pair: {files[1]} ends too early\n"
 
 
 def test_it_says_what_it_is(onnx_matcher, matcher, tmp_path):
