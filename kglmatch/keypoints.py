@@ -10,7 +10,7 @@ import numpy as np
 
 from kglmatch.errors import ImageError, KeypointError
 
-DETECTORS = ("sift", "fast", "orb", "gftt", "grid")
+DETECTORS = ("sift", "fast", "orb", "gftt", "structure", "grid")
 
 # OpenCV's type stubs lack the detectors, and know no None for corners.
 cv2_any: Any = cv2
@@ -22,6 +22,11 @@ _SIFT_CONTRAST = 0.01
 _FAST_THRESHOLDS = (40, 20, 10, 5, 2, 1)
 _GFTT_QUALITY = 0.001
 _GFTT_DISTANCE = 4
+# Pixels: noise below the first is blurred away, a corner is as wide as the second, and gradients are
+# measured against those within the third.
+_STRUCTURE_BLUR, _STRUCTURE_CORNER, _STRUCTURE_AROUND = 1.0, 1.5, 24.0
+_STRUCTURE_DISTANCE = 4
+_STRUCTURE_FLOOR = 0.1  # of the image's mean squared gradient, so that noise in flat places is not raised
 # Images that span less than this are amplified; others are not, since that clips their brightest spots.
 _WEAK_RANGE = 0.5
 # An image whose range is below this is not amplified further: its structure is noise.
@@ -70,6 +75,11 @@ def detect_keypoints(
             - "orb": corners on a pyramid, with scale and angle, none within 31 pixels of the edge;
             - "fast": corners at whole pixels, the threshold lowered until there are enough;
             - "gftt": corners by smallest eigenvalue (Shi & Tomasi), at least 4 pixels apart;
+            - "structure": corners by smallest eigenvalue too, but of gradients over their strength
+              around, so that weak corners in dim parts count too; at whole pixels, more than 4 apart.
+              Sensors differ in how strong an edge is more than in where it lies (normalised gradients:
+              Haber & Modersitzki, "Intensity gradient based registration and fusion of multi-modal
+              images", MICCAI 2006);
             - "grid": a regular grid as dense as `max_keypoints` allows, whatever the image shows.
         max_keypoints: how many to keep, the strongest; ties are broken by position (y, then x).
         border: keypoints nearer than this many pixels to the first or last row or column are left
@@ -107,6 +117,8 @@ def detect_keypoints(
         rows = _grid(allowed, int(max_keypoints), margin)
     elif detector == "gftt":
         rows = _gftt(_as_8_bit(image), allowed, int(max_keypoints))
+    elif detector == "structure":
+        rows = _structure(_as_8_bit(image), allowed)
     else:
         rows = _cv2_rows(_detect(detector, _as_8_bit(image), allowed, int(max_keypoints)))
     rows = rows.astype(np.float32)
@@ -191,6 +203,23 @@ def _gftt(image: np.ndarray, allowed: np.ndarray, wanted: int) -> np.ndarray:
     xy = np.asarray(corners, np.float64).reshape(-1, 2)
     rows = np.zeros((len(xy), 5))
     rows[:, :2], rows[:, 3], rows[:, 4] = xy, -1, np.asarray(quality).reshape(-1)
+    return rows
+
+
+def _structure(image: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    smooth = cv2.GaussianBlur(image.astype(np.float32), (0, 0), _STRUCTURE_BLUR)
+    gx, gy = cv2.Scharr(smooth, cv2.CV_32F, 1, 0), cv2.Scharr(smooth, cv2.CV_32F, 0, 1)
+    strength = gx * gx + gy * gy
+    around = cv2.GaussianBlur(strength, (0, 0), _STRUCTURE_AROUND) + _STRUCTURE_FLOOR * strength.mean()
+    around = np.maximum(around, np.float32(1e-9))
+    products = (gx * gx / around, gx * gy / around, gy * gy / around)
+    xx, xy, yy = (cv2.GaussianBlur(product, (0, 0), _STRUCTURE_CORNER) for product in products)
+    smallest = cv2.GaussianBlur(xx + yy - np.sqrt((xx - yy) ** 2 + 4 * xy * xy), (0, 0), 1)
+    side = 2 * _STRUCTURE_DISTANCE + 1
+    highest = (smallest == cv2.dilate(smallest, np.ones((side, side), np.uint8))) & (smallest > 1e-6)
+    y, x = np.nonzero(highest & (allowed != 0))
+    rows = np.zeros((len(x), 5))
+    rows[:, 0], rows[:, 1], rows[:, 3], rows[:, 4] = x, y, -1, smallest[y, x]
     return rows
 
 

@@ -120,7 +120,7 @@ def test_corner_detectors_find_the_corner():
     # OpenCV's FAST drops corners whose neighbours are as strong, as on a step without any blur.
     image = cv2.GaussianBlur(image, (0, 0), 1)
     corners = np.array([[30, 40], [69, 40], [30, 59], [69, 59]])
-    for detector in ("fast", "gftt"):
+    for detector in ("fast", "gftt", "structure"):
         xy = detect_keypoints(image, detector=detector, max_keypoints=4).xy
         distances = np.abs(corners[:, None] - xy[None]).max(axis=2).min(axis=1)
         assert distances.max() <= 2, detector
@@ -144,6 +144,33 @@ def test_fast_lowers_its_threshold():
     assert (xy > 50).all(axis=1).any() and (xy < 50).all(axis=1).any()
 
 
+def test_structure_finds_weak_corners_beside_strong_ones():
+    """Half the contrast in one half of the image."""
+    rng = np.random.default_rng(0)
+    half = cv2.GaussianBlur(rng.random((200, 150), dtype=np.float32), (0, 0), 3)
+    half = (half - half.min()) / np.ptp(half)
+    image = np.hstack([half, 0.25 + 0.5 * half])
+
+    def halves(detector):
+        xy = detect_keypoints(image, detector=detector, max_keypoints=100).xy
+        xy = xy[(xy[:, 0] < 130) | (xy[:, 0] > 170)]
+        left, right = xy[xy[:, 0] < 150], xy[xy[:, 0] >= 150] - [150, 0]
+        return left, right
+
+    left, right = halves("gftt")
+    assert len(right) == 0
+    left, right = halves("structure")
+    assert len(right) > 0.3 * len(left)
+    nearest = np.linalg.norm(right[:, None] - left[None], axis=2).min(axis=1)
+    assert (nearest <= 1).mean() > 0.7
+
+
+def test_structure_keeps_its_distance(textured):
+    xy = detect_keypoints(textured, detector="structure").xy
+    apart = np.abs(xy[:, None] - xy[None]).max(axis=2) + 99 * np.eye(len(xy))
+    assert len(xy) > 50 and apart.min() > 4
+
+
 def test_grid_is_regular_centred_and_as_dense_as_allowed():
     for shape in ((100, 100), (37, 211), (5, 400), (64, 64), (1, 1), (1, 9)):
         image = np.zeros(shape, np.float32)
@@ -164,8 +191,8 @@ def test_grid_is_regular_centred_and_as_dense_as_allowed():
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"detector": "surf"}, "sift, fast, orb, gftt, grid"),
-        ({"detector": None}, "sift, fast, orb, gftt, grid"),
+        ({"detector": "surf"}, "sift, fast, orb, gftt, structure, grid"),
+        ({"detector": None}, "sift, fast, orb, gftt, structure, grid"),
         ({"max_keypoints": 0}, "max_keypoints"),
         ({"max_keypoints": 2.5}, "max_keypoints"),
         ({"border": -1}, "border"),

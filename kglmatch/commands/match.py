@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kglmatch.features import Matches
 
 # As in `kglmatch.keypoints` and `kglmatch.matcher`, which are too heavy to import for --help.
-DETECTORS = ("sift", "fast", "orb", "gftt", "grid")
+DETECTORS = ("sift", "fast", "orb", "gftt", "structure", "grid")
 DECISIONS = ("fused", "metric", "descriptor")
 MAX_KEYPOINTS = 2048
 TOP_K = 3
@@ -78,6 +78,12 @@ def add_parser(subparsers: Any) -> None:
     )
     how.add_argument("--detector", choices=DETECTORS, help="what finds keypoints (default: the model's)")
     how.add_argument(
+        "--dense",
+        action="store_true",
+        help="look for each keypoint of VIS all over --max-displacement in IR instead of detecting keypoints "
+        "there; finds more, takes longer",
+    )
+    how.add_argument(
         "--top-k",
         metavar="K",
         type=_top_k,
@@ -102,6 +108,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
+    from kglmatch.dense import check_dense, extract_dense
     from kglmatch.images import check_image_name, load_image
     from kglmatch.match_files import check_format
 
@@ -110,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
             check_image_name(picture)
     if args.save is not None:
         check_format(args.save)
+    if args.dense:
+        check_dense(args.ir, args.max_displacement)
     # Images and outputs first: a mistake there is told before the model is loaded.
     vis_image, ir_image = load_image(args.vis), load_image(args.ir)
     check_outputs(
@@ -121,12 +130,13 @@ def run(args: argparse.Namespace) -> int:
     for path, image in ((args.vis, vis_image), (args.ir, ir_image)):
         check_image_size(image, matcher.config.patch_size, str(path))
     began = time.perf_counter()
-    how = {
-        "detector": args.detector,
-        "max_keypoints": args.max_keypoints,
-        "maps": args.decide != "descriptor",
-    }
-    vis, ir = matcher.extract(vis_image, "vis", **how), matcher.extract(ir_image, "ir", **how)
+    maps = args.decide != "descriptor"
+    how = {"detector": args.detector, "max_keypoints": args.max_keypoints, "maps": maps}
+    vis = matcher.extract(vis_image, "vis", **how)
+    if args.dense:
+        ir = extract_dense(matcher, vis, ir_image, args.max_displacement, maps=maps)
+    else:
+        ir = matcher.extract(ir_image, "ir", **how)
     matches = matcher.match_images(
         vis,
         ir,
