@@ -240,9 +240,11 @@ def test_it_says_what_it_is(onnx_matcher, matcher, tmp_path):
 
 
 def test_threads_as_in_pytorch(exported, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    session = OnnxBackend(exported.folder, device="cpu")._session(HEAD_FILE)
-    assert session.get_session_options().intra_op_num_threads == 1
+    for given, threads, batch in (("1", 1, 4), ("3", 3, 12), ("all", 0, 4 * os.cpu_count())):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        backend = OnnxBackend(exported.folder, device="cpu")
+        assert backend._session(HEAD_FILE).get_session_options().intra_op_num_threads == threads
+        assert backend.batch_size == batch
 
 
 # --- device memory, tried on the CPU's ------------------------------------------------------------

@@ -50,8 +50,10 @@ CUDA_OPTIONS = {
     "cudnn_conv_use_max_workspace": "1",
     "arena_extend_strategy": "kSameAsRequested",
 }
-# On the CPU few enough that the maps stay in the cache.
-DEFAULT_BATCH = {"cpu": 16, "cuda": 256}
+# Patches at once: on a GPU, and for each of the CPU's threads, where the maps are to stay in the core's
+# cache. Of 3 to 16, 4 measured fastest: descriptors 8 %, both outputs 5 % faster than by 16.
+DEVICE_BATCH = 256
+THREAD_BATCH = 4
 
 Provider = tuple[str, dict[str, str]]
 Session = Any  # onnxruntime.InferenceSession, which has no types
@@ -136,7 +138,8 @@ class OnnxBackend:
             raise KGLMatchError(
                 f"batch_size={batch_size}, but the graphs in {folder} have a fixed batch of {fixed}"
             )
-        self.batch_size = fixed or batch_size or DEFAULT_BATCH["cpu" if memory is None else "cuda"]
+        default = THREAD_BATCH * (_threads() or os.cpu_count() or 1) if memory is None else DEVICE_BATCH
+        self.batch_size = fixed or batch_size or default
         size = self.config.map_size
         self._map_shape = (MAP_CHANNELS, size, size)
         self._memory: _Memory = (
@@ -576,11 +579,16 @@ def _read(path: Path) -> bytes:
         raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def _threads() -> int:
+    """Threads on the CPU as OMP_NUM_THREADS says; 0, which is one for each core, where it does not."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return int(threads) if threads.isdecimal() else 0
+
+
 def _make_session(graph: str | bytes, providers: Sequence[Provider]) -> Session:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    options.intra_op_num_threads = int(threads) if threads.isdecimal() else 0
+    options.intra_op_num_threads = _threads()
     names = [name for name, _ in providers]
     if CUDA in names or TENSORRT in names:
         # Finds CUDA and cuDNN in packages from pip, which are on no library path; prints what it misses.
