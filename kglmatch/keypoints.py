@@ -76,7 +76,7 @@ def detect_keypoints(
             - "fast": corners at whole pixels, the threshold lowered until there are enough;
             - "gftt": corners by smallest eigenvalue (Shi & Tomasi), at least 4 pixels apart;
             - "structure": corners by smallest eigenvalue too, but of gradients over their strength
-              around, so that weak corners in dim parts count too; at whole pixels, more than 4 apart.
+              around, so that weak corners in dim parts count too; to a fraction of a pixel, about 4 apart.
               Sensors differ in how strong an edge is more than in where it lies (normalised gradients:
               Haber & Modersitzki, "Intensity gradient based registration and fusion of multi-modal
               images", MICCAI 2006);
@@ -218,9 +218,19 @@ def _structure(image: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     side = 2 * _STRUCTURE_DISTANCE + 1
     highest = (smallest == cv2.dilate(smallest, np.ones((side, side), np.uint8))) & (smallest > 1e-6)
     y, x = np.nonzero(highest & (allowed != 0))
+    framed, centre = cv2.copyMakeBorder(smallest, 1, 1, 1, 1, cv2.BORDER_REFLECT_101), smallest[y, x]
+    left, right, above, below = (framed[y + 1 + v, x + 1 + u] for u, v in ((-1, 0), (1, 0), (0, -1), (0, 1)))
     rows = np.zeros((len(x), 5))
-    rows[:, 0], rows[:, 1], rows[:, 3], rows[:, 4] = x, y, -1, smallest[y, x]
+    rows[:, 0], rows[:, 1] = x + _vertex(left, centre, right), y + _vertex(above, centre, below)
+    rows[:, 3], rows[:, 4] = -1, centre
     return rows
+
+
+def _vertex(before: np.ndarray, centre: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Where the parabola through three values at -1, 0, 1 is highest, the one at 0 being the largest."""
+    curvature = np.maximum(2 * centre - before - after, np.float32(1e-9))
+    offset: np.ndarray = np.clip((after - before) / (2 * curvature), -0.5, 0.5)
+    return offset
 
 
 def _grid(allowed: np.ndarray, wanted: int, margin: int) -> np.ndarray:

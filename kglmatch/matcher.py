@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("torch", "onnx")
 DECISIONS = ("fused", "metric", "descriptor")
+DEFAULT_DETECTOR = "structure"  # where a model names none
 DEFAULT_TOP_K = 3
 DEFAULT_MAX_KEYPOINTS = 2048
 DEFAULT_MIN_SCORE = 0.5
@@ -443,7 +444,8 @@ class Matcher:
                 torch array of 8 or 16 bits or floats.
             modality: "vis" or "ir".
             keypoints: (N, 2) xy pixels to use instead of detecting some.
-            detector: one of `kglmatch.keypoints.DETECTORS`; None takes the model's default.
+            detector: one of `kglmatch.keypoints.DETECTORS`; None takes the model's default, "structure"
+                for the bundled ones.
             max_keypoints: the strongest so many are kept.
             maps: as for `describe`.
 
@@ -459,7 +461,7 @@ class Matcher:
         size = self.config.patch_size
         check_image_size(grey, size, str(image) if isinstance(image, str | Path) else f"the {modality} image")
         if keypoints is None:
-            detector = detector or self.config.inference.get("detector", "sift")
+            detector = detector or self.config.inference.get("detector", DEFAULT_DETECTOR)
             keypoints = detect_keypoints(
                 grey, detector=detector, max_keypoints=max_keypoints, border=size // 2
             ).xy

@@ -165,10 +165,22 @@ def test_structure_finds_weak_corners_beside_strong_ones():
     assert (nearest <= 1).mean() > 0.7
 
 
+def test_structure_lies_between_pixels():
+    """A corner that moves by a quarter pixel at a time."""
+    y, x = np.mgrid[:100, :100].astype(np.float32)
+    found = []
+    for shift in (0, 0.25, 0.5, 0.75):
+        edges = [1 / (1 + np.exp(-(v - 50 - shift) / 0.7)) for v in (x, y)]
+        found.append(detect_keypoints(edges[0] * edges[1], detector="structure", max_keypoints=1).xy[0])
+    moved = np.array(found) - found[0]
+    assert (np.diff(moved, axis=0) > 0.1).all()
+    assert np.abs(moved - np.array([[0], [0.25], [0.5], [0.75]])).max() < 0.3
+
+
 def test_structure_keeps_its_distance(textured):
     xy = detect_keypoints(textured, detector="structure").xy
     apart = np.abs(xy[:, None] - xy[None]).max(axis=2) + 99 * np.eye(len(xy))
-    assert len(xy) > 50 and apart.min() > 4
+    assert len(xy) > 50 and apart.min() >= 4  # 5 between pixels, less two fractions
 
 
 def test_grid_is_regular_centred_and_as_dense_as_allowed():
