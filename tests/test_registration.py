@@ -184,6 +184,20 @@ def test_both_witnesses_are_needed():
     assert judge.give_verdict(1.0, 0.5) == judge.give_verdict(0.05, 0.95) == "failed"
     assert judge.confidence(1.0, 0.95) > 0.9
     assert judge.confidence(0.1, 0.95) < 0.5
+    assert judge.confidence(3.0, 0.6) < 0.5
+
+
+def test_a_strong_witness_helps_a_weaker_one():
+    assert judge.give_verdict(0.17, 0.95) == judge.give_verdict(0.35, 0.7) == "registered"
+    assert judge.give_verdict(0.17, 0.7) == "failed"
+    assert judge.give_verdict(0.2, 0.75) == "doubtful"
+
+
+@pytest.mark.parametrize("support", [0.0, 0.119, 0.12, 0.2, 0.3, 1.5])
+@pytest.mark.parametrize("agreed", [0.3, 0.619, 0.62, 0.8, 1.0])
+def test_confidence_and_verdict_agree(support, agreed):
+    registered = judge.give_verdict(support, agreed) == "registered"
+    assert registered == (judge.confidence(support, agreed) >= 0.5)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32, np.float64, bool])
