@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from kglmatch import Matcher
+from kglmatch import KGLMatchError, Matcher
 
 
 def main() -> None:
@@ -34,4 +34,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KGLMatchError as error:
+        sys.exit(f"error: {error}")

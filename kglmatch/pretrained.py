@@ -97,6 +97,8 @@ def resolve(name: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
         if missing:
             what = "is damaged" if found.source == "bundled" else "is not a model folder"
             advice = f"; {_way_out(found)}" if found.source == "bundled" else ""
+            if any(found.config.parent.glob("*.onnx")):
+                advice = "; Matcher.from_onnx loads graphs that kglmatch export --onnx wrote"
             raise WeightsError(f"{found.config.parent} {what}: it lacks {' and '.join(missing)}{advice}")
         return found
     repo_id, hub["revision"] = found

@@ -199,12 +199,17 @@ def test_the_example_without_pytorch(exported, tmp_path):
     pair = EXAMPLES / "sentinel2_red.tif", EXAMPLES / "sentinel2_nir.tif"
     command = [sys.executable, CHECKOUT / "examples" / "onnx_only.py", exported.folder, *pair]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(CHECKOUT)))}
-    done = subprocess.run(
-        [*command, "--max-keypoints", "48"], env=environment, capture_output=True, text=True, check=False
-    )
+
+    def run(*arguments):
+        return subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+
+    done = run(*command, "--max-keypoints", "48")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Matcher(onnx, ")
     assert done.stdout.endswith("torch imported: False\n")
+    done = run(*command[:2], tmp_path / "nowhere", *pair)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.skipif(
@@ -599,6 +604,11 @@ def test_without_pytorch_and_without_graphs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "kglmatch.export", None)
     with pytest.raises(BackendError, match=r"needs PyTorch and onnx.*kglmatch export --onnx"):
         Matcher.from_pretrained("kglnet-vis-nir", backend="onnx", device="cpu", cache_dir=tmp_path)
+
+
+def test_graphs_are_no_model_folder(exported):
+    with pytest.raises(WeightsError, match=r"lacks model.safetensors; Matcher.from_onnx loads graphs"):
+        Matcher.from_pretrained(exported.folder)
 
 
 def test_bad_backends(tmp_path):
