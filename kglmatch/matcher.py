@@ -18,7 +18,7 @@ from kglmatch.features import Array, Features, Matches, Modality, check_modality
 from kglmatch.fusion import fuse
 from kglmatch.geometry import estimate_homography
 from kglmatch.images import load_image
-from kglmatch.keypoints import detect_keypoints
+from kglmatch.keypoints import detect_keypoints, gradient_directions
 from kglmatch.matching import (
     CHUNK,
     distance_from_cosine,
@@ -436,6 +436,7 @@ class Matcher:
         detector: str | None = None,
         max_keypoints: int = DEFAULT_MAX_KEYPOINTS,
         maps: bool = True,
+        upright: bool = True,
     ) -> Features:
         """Finds keypoints in an image and describes the patches around them.
 
@@ -448,6 +449,10 @@ class Matcher:
                 for the bundled ones.
             max_keypoints: the strongest so many are kept.
             maps: as for `describe`.
+            upright: False turns each patch to the main direction of the gradients around its keypoint.
+                That is known up to half a turn, so ir keypoints come twice: all of them, then all of
+                them turned by half a turn. For images turned against each other by 15 degrees or more;
+                costs right matches where they are not (`benchmarks/patch_geometry.py`).
 
         Returns:
             `Features` with keypoints in pixels of the original image; empty if it has none.
@@ -463,10 +468,17 @@ class Matcher:
         if keypoints is None:
             detector = detector or self.config.inference.get("detector", DEFAULT_DETECTOR)
             keypoints = detect_keypoints(
-                grey, detector=detector, max_keypoints=max_keypoints, border=size // 2
+                grey,
+                detector=detector,
+                max_keypoints=max_keypoints,
+                border=size // 2 if upright else size / np.sqrt(2),
             ).xy
-        keypoints = np.asarray(keypoints, dtype=np.float32).reshape(-1, 2)
-        patches = extract_patches(grey, keypoints, patch_size=size)
+        keypoints, angle = np.asarray(keypoints, dtype=np.float32).reshape(-1, 2), None
+        if not upright:
+            angle = gradient_directions(grey, keypoints)
+            if modality == "ir":
+                keypoints, angle = np.tile(keypoints, (2, 1)), np.concatenate([angle, angle + 180])
+        patches = extract_patches(grey, keypoints, patch_size=size, angle=angle)
         return self.describe(patches, modality, maps=maps, keypoints=keypoints, image_size=(width, height))
 
     def match_images(
@@ -484,18 +496,19 @@ class Matcher:
         decide: str | None = None,
         threshold: float = 3.0,
         dense: bool = False,
+        upright: bool = True,
     ) -> Matches:
         """Matches two images and estimates the homography between them.
 
         Args:
             vis, ir: images, as for `extract`, or the features that `extract` made of them.
-            detector, max_keypoints: as for `extract`.
+            detector, max_keypoints, upright: as for `extract`.
             top_k, mutual, one_to_one, min_score, max_displacement, decide: as for `match`.
             threshold: pixels; matches farther from the homography are outliers.
             dense: detect keypoints in the visible image alone, and look for each all over
                 `max_displacement` in the ir image (see `kglmatch.dense`): where detectors do not find
-                the same places in both. `ir` must be an image then. Costs about 0.2 R^2 patches a
-                keypoint for R pixels, less where keypoints are dense.
+                the same places in both. `ir` must be an image then, and patches upright. Costs about
+                0.2 R^2 patches a keypoint for R pixels, less where keypoints are dense.
 
         Returns:
             `Matches` with keypoints in pixels of the two original images, `homography` (None if fewer
@@ -511,10 +524,14 @@ class Matcher:
         def features(image: Any, modality: Modality) -> Features:
             if isinstance(image, Features):
                 return image
-            return self.extract(image, modality, detector=detector, max_keypoints=max_keypoints, maps=maps)
+            return self.extract(
+                image, modality, detector=detector, max_keypoints=max_keypoints, maps=maps, upright=upright
+            )
 
         if dense:
             check_dense(ir, max_displacement)
+            if not upright:
+                raise KGLMatchError("dense search looks at upright patches only: leave out upright=False")
         features_vis = features(vis, "vis")
         if dense:
             features_ir = extract_dense(self, features_vis, ir, max_displacement, maps=maps)

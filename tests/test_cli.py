@@ -214,7 +214,16 @@ def test_match_options_reach_the_matcher(image_pair, monkeypatch, capsys):
     options = "--detector grid --max-keypoints 7 --top-k all --min-score 0.25 --decide descriptor"
     more = "--max-displacement 3.5 --batch-size 5 --dtype float32 --device cpu"
     assert main(["match", *map(str, image_pair), *options.split(), *more.split()]) == 0
-    assert given["vis"] == given["ir"] == {"detector": "grid", "max_keypoints": 7, "maps": False}
+    assert (
+        given["vis"]
+        == given["ir"]
+        == {
+            "detector": "grid",
+            "max_keypoints": 7,
+            "maps": False,
+            "upright": True,
+        }
+    )
     assert given["match"] == {
         "top_k": None,
         "min_score": 0.25,

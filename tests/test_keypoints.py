@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kglmatch.errors import ImageError, KeypointError, KGLMatchError
-from kglmatch.keypoints import DETECTORS, detect_keypoints
+from kglmatch.keypoints import DETECTORS, detect_keypoints, gradient_directions
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,17 @@ def test_fast_lowers_its_threshold():
     image = cv2.GaussianBlur(image, (0, 0), 1)
     xy = detect_keypoints(image, detector="fast").xy
     assert (xy > 50).all(axis=1).any() and (xy < 50).all(axis=1).any()
+
+
+def test_gradient_directions_are_axes():
+    y, x = np.mgrid[:90, :120].astype(np.float32)
+    for degrees in (-80, -45, 0, 30, 75):
+        along = np.cos(np.deg2rad(degrees)) * x + np.sin(np.deg2rad(degrees)) * y
+        waves = 0.5 + 0.5 * np.sin(along / 4)
+        for image in (waves, 1 - waves):
+            found = gradient_directions(image, np.array([[60, 45], [40.4, 50.6], [500, -3]]))
+            assert found.shape == (3,) and np.abs(found[:2] - degrees).max() < 3
+    assert gradient_directions(waves, np.zeros((0, 2))).shape == (0,)
 
 
 def test_structure_finds_weak_corners_beside_strong_ones():

@@ -195,6 +195,23 @@ def test_extract_at_given_keypoints(matcher, image_pair):
     assert features.image_size == (192, 160)
 
 
+def test_turned_patches_match_images_that_are_turned(matcher):
+    vis = texture(150, 150, seed=2)
+    ir = np.rot90(other_sensor(vis), axes=(1, 0))  # a quarter turn: (x, y) comes to lie at (149 - y, x)
+    features = matcher.extract(ir, "ir", max_keypoints=10, maps=False, upright=False)
+    half = len(features) // 2
+    assert len(features) == 20 and np.array_equal(features.keypoints[:half], features.keypoints[half:])
+    options = {"max_keypoints": 20, "decide": "descriptor", "min_score": 0}
+    right = {}
+    for upright in (True, False):
+        matches = matcher.match_images(vis, ir, upright=upright, **options)
+        where = np.stack([149 - matches.keypoints_vis[:, 1], matches.keypoints_vis[:, 0]], axis=1)
+        right[upright] = (np.linalg.norm(where - matches.keypoints_ir, axis=1) < 3).sum()
+    assert right[False] > 5 > right[True]
+    with pytest.raises(KGLMatchError, match="upright"):
+        matcher.match_images(vis, ir, upright=False, dense=True, max_displacement=8)
+
+
 def test_an_image_smaller_than_a_patch(matcher):
     with pytest.raises(ImageError, match="50 x 70"):
         matcher.extract(np.zeros((70, 50), np.uint8), "vis")
