@@ -98,6 +98,13 @@ def test_the_picture_of_the_readme(run, tmp_path: Path):
     assert cv2.imread(str(tmp_path / "picture.jpg")).shape[1] >= 1000
 
 
+def test_the_pictures_of_registration(run, tmp_path: Path, capsys):
+    run("make_registration_pictures.py", "--crop", 256, "--out", tmp_path)
+    assert "register: registered" in capsys.readouterr().out
+    for name in ("register.jpg", "check.jpg"):
+        assert cv2.imread(str(tmp_path / name)).shape[1] == 1000
+
+
 # --- the page in the browser --------------------------------------------------------------------
 
 
