@@ -12,7 +12,9 @@ descriptors, right within 3 pixels; with a prior only keypoints within 16 pixels
 candidates. `--warp` moves the second image of registered pairs by a seeded similarity (10 px, 3 degrees,
 3 %), without which a grid would repeat by construction. `--dense` compares `match_images` with and without
 `dense`, as it comes, on pairs moved by up to 5 px in x and y that are known to within 8 px; "more" detects
-eight times as many keypoints, for about as many patches.
+eight times as many keypoints, for about as many patches. Folders "aligned" are made by
+`examples/training/align_pairs.py`: a truth by this package's own registration, where the published one is
+off by some pixels.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ from typing import Any
 
 import cv2
 import numpy as np
+from registration import pairs_of
 
 from kglmatch import Matcher
-from kglmatch.datasets import ImagePair, find_image_pairs
+from kglmatch.datasets import ImagePair
 from kglmatch.geometry import similarity_about, transform_points
 from kglmatch.images import load_image
 from kglmatch.keypoints import DETECTORS, detect_keypoints
@@ -36,15 +39,6 @@ from kglmatch.patches import extract_patches
 Image = np.ndarray
 RIGHT = 3.0  # pixels
 PRIOR = 16.0  # pixels
-
-
-def pairs_of(source: Path) -> list[ImagePair]:
-    """Pairs of a folder, or of the folders in it that hold pairs with a known affine."""
-    try:
-        return find_image_pairs(source)
-    except ValueError:
-        found = [p for f in sorted(source.iterdir()) if f.is_dir() for p in find_image_pairs(f)]
-        return [pair for pair in found if pair.affine is not None]
 
 
 def move(ir: Image, true: Image, rotation: float, scale: float, shift: Any) -> tuple[Image, Image, Image]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from keypoints import describe, distances, load, matched, move, pairs_of, where_both_are
+from keypoints import describe, distances, load, matched, move, where_both_are
+from registration import pairs_of
 
 from kglmatch import Matcher
 from kglmatch.geometry import transform_points
