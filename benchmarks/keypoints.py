@@ -205,12 +205,13 @@ def print_detectors(rows: Rows) -> None:
               f"{seconds:7.2f}")  # fmt: skip
 
 
-def compare_dense(matcher: Matcher, pair: Any, pixels: float, rows: Rows) -> None:
+def compare_dense(matcher: Matcher, pair: Any, names: list[str | None], pixels: float, rows: Rows) -> None:
     vis, ir, _, true = pair
     count = max(1, int(vis.size / pixels))
     for name, many, dense in (("detected", count, False), ("more", 8 * count, False), ("dense", count, True)):
         began = time.process_time()
-        found = matcher.match_images(vis, ir, max_keypoints=many, max_displacement=8, dense=dense)
+        how = {"detector": names[0], "max_keypoints": many, "max_displacement": 8, "dense": dense}
+        found = matcher.match_images(vis, ir, **how)
         seconds = time.process_time() - began
         off = np.linalg.norm(transform_points(true, found.keypoints_vis) - found.keypoints_ir, axis=1)
         rows.setdefault(name, []).append([many, len(off), (off <= RIGHT).sum(), (off <= 1.5).sum(), seconds])
@@ -233,7 +234,9 @@ def main() -> None:
     parser.add_argument("--slice", default="::", metavar="A:B:C", help="which pairs, as Python slices")
     parser.add_argument("--warp", action="store_true", help="move the ir images of registered pairs")
     parser.add_argument("--pixels", type=float, default=1000, metavar="N", help="pixels a keypoint")
-    parser.add_argument("--detectors", nargs="+", default=[*DETECTORS, *OWN])
+    parser.add_argument(
+        "--detectors", nargs="+", help="all unless named; for --dense the model's, or the first"
+    )
     parser.add_argument("--dense", action="store_true", help="measure dense search instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the single results")
     arguments = parser.parse_args()
@@ -243,10 +246,12 @@ def main() -> None:
     rows: Rows = {}
     for index, pair in enumerate(pairs):
         if arguments.dense:
-            compare_dense(matcher, load(pair, index, only_shift=True), arguments.pixels, rows)
+            names = arguments.detectors or [None]
+            compare_dense(matcher, load(pair, index, only_shift=True), names, arguments.pixels, rows)
         else:
             loaded = load(pair, index if arguments.warp else None)
-            compare_detectors(matcher, loaded, arguments.detectors, arguments.pixels, rows)
+            names = arguments.detectors or [*DETECTORS, *OWN]
+            compare_detectors(matcher, loaded, names, arguments.pixels, rows)
     print(f"{len(pairs)} pairs of {arguments.data}, means of a pair")
     (print_dense if arguments.dense else print_detectors)(rows)
     if arguments.json:
