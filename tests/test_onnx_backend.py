@@ -120,7 +120,7 @@ def test_descriptors_alone_do_not_run_the_metric_branch(exported, patches, monke
         lambda self, session, patches, maps, at: ran.append(session) or np.zeros((len(patches), 128)),
     )
     assert by.describe(patches[0], "ir", maps=False).maps is None
-    assert ran == [by.backend._session(DESCRIPTOR_FILES["ir"])]
+    assert set(ran) == {by.backend._session(DESCRIPTOR_FILES["ir"])}  # a session a batch
     assert [output.name for output in ran[0].get_outputs()] == ["descriptor"]
 
 
