@@ -283,7 +283,7 @@ def _coarse(
     size = small_vis.shape[1], small_vis.shape[0]
     centre_vis = (size[0] - 1) / 2, (size[1] - 1) / 2
     centre_ir = (small_ir.shape[1] - 1) / 2, (small_ir.shape[0] - 1) / 2
-    correlator = GlobalCorrelator(_without_edge(structure_maps(small_vis)))
+    correlator = GlobalCorrelator(_without_edge(structure_maps(small_vis, even=False)))
     to_small_vis, to_small_ir = _resize(vis, small_vis), _resize(ir, small_ir)
     # Two cameras show either the same field of view, whatever their resolutions, or the same pixels.
     ratio = float(np.log(np.sqrt(ir.size / vis.size)))
@@ -296,7 +296,7 @@ def _coarse(
             turn = similarity_about(rotation, float(np.exp(log_scale)), centre_vis, centre_ir)
             moved, mask = _resample(small_ir, turn, size, edge=2)
             found, dx, dy = correlator.best_shift(
-                structure_maps(moved) * mask,
+                structure_maps(moved, even=False) * mask,
                 mask,
                 min_overlap=_COARSE_OVERLAP,
                 max_shift=None if max_displacement is None else max(1.0, max_displacement * factor),

@@ -21,12 +21,14 @@ _CHUNK = 24  # windows whose spectra are held at once
 Maps = NDArray[np.float32]
 
 
-def structure_maps(image: NDArray[np.float32], channels: int = CHANNELS) -> Maps:
+def structure_maps(image: NDArray[np.float32], channels: int = CHANNELS, *, even: bool = True) -> Maps:
     """Edge strength by direction, nearly of unit length at each pixel.
 
     Args:
         image: (H, W) float32 grey.
         channels: number of directions over half a turn.
+        even: weak edges count where all are weak, as in the dark half of a scene; otherwise edges count
+            by their strength in the whole image, which is surer for whole images shrunk to little.
 
     Returns:
         (channels, H, W) float32. Pixels without structure are near zero in every channel.
@@ -42,8 +44,11 @@ def structure_maps(image: NDArray[np.float32], channels: int = CHANNELS) -> Maps
     # What is alike in all directions says nothing about direction.
     maps -= maps.mean(axis=0, keepdims=True)
     norm = np.sqrt(np.square(maps).sum(axis=0))
-    # Weak edges count where all are weak, in the dark half of a scene; noise counts nowhere.
-    floor = 0.75 * cv2.blur(norm, (_NEIGHBOURHOOD, _NEIGHBOURHOOD))
+    # What is far weaker than this is taken for noise.
+    if even:
+        floor = 0.75 * cv2.blur(norm, (_NEIGHBOURHOOD, _NEIGHBOURHOOD))
+    else:
+        floor = np.full_like(norm, 0.5 * np.median(norm))
     return maps / np.sqrt(np.square(norm) + np.square(floor) + _NOISE**2)
 
 
