@@ -41,6 +41,11 @@ RIGHT = 3.0  # pixels
 PRIOR = 16.0  # pixels
 
 
+def chosen_pairs(data: Path, which: str) -> list[ImagePair]:
+    """The pairs of a folder that a slice A:B:C takes."""
+    return pairs_of(data)[slice(*(int(part) if part else None for part in which.split(":")))]
+
+
 def move(ir: Image, true: Image, rotation: float, scale: float, shift: Any) -> tuple[Image, Image, Image]:
     """The ir image turned about its middle; its mask of valid pixels, and the new transform."""
     centre = np.array([(ir.shape[1] - 1) / 2, (ir.shape[0] - 1) / 2])
@@ -240,8 +245,7 @@ def main() -> None:
     parser.add_argument("--dense", action="store_true", help="measure dense search instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the single results")
     arguments = parser.parse_args()
-    which = slice(*(int(part) if part else None for part in arguments.slice.split(":")))
-    pairs = pairs_of(arguments.data)[which]
+    pairs = chosen_pairs(arguments.data, arguments.slice)
     matcher = Matcher.from_pretrained(arguments.model, device="cpu")
     rows: Rows = {}
     for index, pair in enumerate(pairs):

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from keypoints import describe, distances, load, matched, move, where_both_are
-from registration import pairs_of
+from keypoints import chosen_pairs, describe, distances, load, matched, move, where_both_are
 
 from kglmatch import Matcher
 from kglmatch.geometry import transform_points
@@ -55,8 +54,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=float, default=3000, metavar="N", help="pixels a keypoint")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the single results")
     arguments = parser.parse_args()
-    which = slice(*(int(part) if part else None for part in arguments.slice.split(":")))
-    pairs = pairs_of(arguments.data)[which]
+    pairs = chosen_pairs(arguments.data, arguments.slice)
     ways = WAYS if arguments.detector == "sift" else WAYS[:2]
     matcher = Matcher.from_pretrained(arguments.model, device="cpu")
     results: dict[str, dict[str, list[tuple[int, int]]]] = {}
