@@ -234,6 +234,7 @@ def displacement_field(vis: Image, ir: Image, max_displacement: float) -> Field 
     if alignment is None:
         return None
     best: tuple[Level, Matrix, Matrix] | None = None
+    best_share = -1.0
     # A noisy sensor is clear in wide windows only: from fine to coarse, until enough can be judged.
     for side in reversed(_pyramid(max(vis.shape))):
         level = make_level(vis, ir, alignment.transform, side, radius=6, across=14)
@@ -241,9 +242,10 @@ def displacement_field(vis: Image, ir: Image, max_displacement: float) -> Field 
             continue
         at, height = peaks(smooth(level.surfaces, 0.7))
         certainty = 1 / (1 + np.exp(-np.clip((height - _CLEAR_PEAK) / 0.3, -30, 30)))
-        if best is None or (certainty > 0.5).mean() > (best[2] > 0.5).mean():
-            best = level, at, certainty
-        if (certainty > 0.5).mean() >= _ENOUGH_JUDGED:
+        share = float((certainty > 0.5).mean())
+        if share > best_share:
+            best, best_share = (level, at, certainty), share
+        if share >= _ENOUGH_JUDGED:
             break
     if best is None:
         return None
