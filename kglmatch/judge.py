@@ -2,7 +2,9 @@
 
 Two witnesses that go wrong in different ways. Structure says how many windows support a transform
 that was fitted without them. The network says whether patches at the same place are more alike than
-patches at different places: a mean share of 0.5 is chance. A pair is called registered only where both agree.
+patches at different places: a mean share of 0.5 is chance. A pair is called registered only where both
+agree. Where they do not, the network proposes too (`kglmatch.consensus`): then the matches that it found
+without a prior, and that agree on one transform, take the place of structure.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from kglmatch.consensus import LEAST, align_by_matches
 from kglmatch.errors import ImageError, KGLMatchError
 from kglmatch.features import to_numpy
 from kglmatch.geometry import TRANSFORMS, transform_points
 from kglmatch.matching import distance_from_cosine
 from kglmatch.patches import extract_patches
-from kglmatch.registration import Alignment, align, displacement_field
+from kglmatch.registration import LEAST_SUPPORT, Alignment, align, displacement_field
 from kglmatch.results import BandRegistration, Registration, RegistrationCheck, Verdict, warp_image
 
 if TYPE_CHECKING:
@@ -35,8 +38,10 @@ _INLIER_VOTE, _INLIER_RESIDUAL = 0.5, 2.0  # vote of a window; pixels
 # and each witness alone must reach these. Set on pairs of the training folders and of RoadScene, related
 # and not (`benchmarks/registration.py --unrelated`).
 _SUPPORT_WEIGHT = 1.5
-_LEAST_SUPPORT, _LEAST_AGREEMENT = 0.12, 0.62
+_LEAST_AGREEMENT = 0.62
 _DOUBTFUL, _REGISTERED = 1.0, 1.1
+# A third witness may stand in for structure: matches found without a prior that agree on the transform.
+_DOUBTFUL_MATCHES, _REGISTERED_MATCHES = LEAST, 12
 
 
 def agreement(distances: NDArray[np.floating]) -> float:
@@ -56,22 +61,26 @@ def agreement(distances: NDArray[np.floating]) -> float:
     return float(farther / (2 * count * (count - 1)))
 
 
-def evidence(support: float, agreed: float) -> float:
-    """What both witnesses say together; short of "doubtful" where one of them says nothing."""
-    lacking = max(_LEAST_SUPPORT - support, _LEAST_AGREEMENT - agreed)
+def evidence(support: float, agreed: float, matched: int = 0) -> float:
+    """What the witnesses say together; short of "doubtful" where one that is needed says nothing."""
+    lacking = max(LEAST_SUPPORT - support, _LEAST_AGREEMENT - agreed)
     total = agreed + _SUPPORT_WEIGHT * support
-    return min(total, _DOUBTFUL) - lacking if lacking > 0 else total
+    total = min(total, _DOUBTFUL) - lacking if lacking > 0 else total
+    if matched < _DOUBTFUL_MATCHES or agreed < _LEAST_AGREEMENT:
+        return total
+    step = (_REGISTERED - _DOUBTFUL) / (_REGISTERED_MATCHES - _DOUBTFUL_MATCHES)
+    return max(total, _DOUBTFUL + step * (matched - _DOUBTFUL_MATCHES))
 
 
-def confidence(support: float, agreed: float) -> float:
+def confidence(support: float, agreed: float, matched: int = 0) -> float:
     """In [0, 1]; 0.5 where the evidence just reaches what "registered" asks for."""
-    strength = (evidence(support, agreed) - _REGISTERED) / (_REGISTERED - _DOUBTFUL)
+    strength = (evidence(support, agreed, matched) - _REGISTERED) / (_REGISTERED - _DOUBTFUL)
     return float(1 / (1 + np.exp(-np.clip(1.5 * strength, -30, 30))))
 
 
-def give_verdict(support: float, agreed: float) -> Verdict:
-    """What the two witnesses allow to say."""
-    total = evidence(support, agreed)
+def give_verdict(support: float, agreed: float, matched: int = 0) -> Verdict:
+    """What the witnesses allow to say."""
+    total = evidence(support, agreed, matched)
     return "registered" if total >= _REGISTERED else "doubtful" if total >= _DOUBTFUL else "failed"
 
 
@@ -79,6 +88,11 @@ def register(matcher: Matcher, vis: Image, ir: Image, **limits: Any) -> Registra
     """`Matcher.register` on grey images (H, W) in [0, 1]; `limits` as for `registration.align`."""
     alternatives = align(vis, ir, **limits)[:_ALTERNATIVES]
     judged = [judge(matcher, vis, ir, alignment) for alignment in alternatives]
+    if not any(r.verdict == "registered" for r in judged):
+        # Costs as much again, and is seldom needed.
+        found = align_by_matches(matcher, vis, ir, **limits)
+        if found is not None:
+            judged.append(judge(matcher, vis, ir, found))
     return max(judged, key=lambda r: r.confidence) if judged else _nothing_found(vis, ir)
 
 
@@ -103,11 +117,11 @@ def judge(matcher: Matcher, vis: Image, ir: Image, alignment: Alignment) -> Regi
         scores[rows] = matcher.score(features_vis, features_ir)
         cosine = to_numpy(features_vis.descriptors) @ to_numpy(features_ir.descriptors).T
         agreed = agreement(distance_from_cosine(cosine))
-    verdict = give_verdict(alignment.support, agreed)
+    verdict = give_verdict(alignment.support, agreed, alignment.matched)
     failed = verdict == "failed"
     return Registration(
         verdict=verdict,
-        confidence=confidence(alignment.support, agreed),
+        confidence=confidence(alignment.support, agreed, alignment.matched),
         transform=None if failed else alignment.transform,
         kind=None if failed else alignment.kind,
         keypoints_vis=alignment.points_vis.astype(np.float32),
@@ -117,6 +131,7 @@ def judge(matcher: Matcher, vis: Image, ir: Image, alignment: Alignment) -> Regi
         inliers=(alignment.votes > _INLIER_VOTE) & (alignment.residuals < _INLIER_RESIDUAL),
         support=alignment.support,
         agreement=agreed,
+        matched=alignment.matched,
         vis_size=(width, height),
         ir_size=(ir.shape[1], ir.shape[0]),
     )
@@ -136,6 +151,7 @@ def _nothing_found(vis: Image, ir: Image) -> Registration:
         inliers=np.empty(0, bool),
         support=0.0,
         agreement=0.5,
+        matched=0,
         vis_size=(vis.shape[1], vis.shape[0]),
         ir_size=(ir.shape[1], ir.shape[0]),
     )
@@ -229,6 +245,7 @@ def _through(first: Registration, second: Registration) -> Registration:
         inliers=second.inliers,
         support=min(first.support, second.support),
         agreement=min(first.agreement, second.agreement),
+        matched=min(first.matched, second.matched),
         vis_size=first.vis_size,
         ir_size=second.ir_size,
     )

@@ -20,10 +20,10 @@ from kglmatch.errors import KGLMatchError
 from kglmatch.geometry import (
     TRANSFORMS,
     TransformKind,
-    resize_matrix,
     similarity_about,
     transform_points,
 )
+from kglmatch.resampling import resample, resize_between, shrink
 from kglmatch.structure import GlobalCorrelator, correlate_windows, structure_maps
 from kglmatch.surfaces import climb, expand, peaks, smooth, standardise, starting_points, votes
 
@@ -44,6 +44,7 @@ _MIN_WINDOWS = 8
 _KIND_GAIN = 1.01
 _CANDIDATES: tuple[TransformKind, ...] = ("similarity", "affine", "homography")
 _CHANCE = 0.1  # mean vote that a fit to unrelated images reaches
+LEAST_SUPPORT = 0.12  # below it, structure says nothing
 # Standard deviations above a surface's mean. Where a peak is so high, it lies within 1.5 pixels of the
 # right place for 85 % of the windows of Country and 81 % of RoadScene's; unrelated images seldom reach it.
 _CLEAR_PEAK = 1.8
@@ -84,7 +85,8 @@ class Alignment:
         votes: (P,) how clearly each window agrees, about 0 (not) to 3.
         residuals: (P,) ir pixels between the found and the predicted place.
         support: mean vote of windows for transforms that were fitted without them.
-        support_at_start: the same for the transform that was refined (mean vote, nothing fitted).
+        matched: keypoint matches that agree with it and were found without it (`kglmatch.consensus`); 0
+            where none were looked for.
     """
 
     transform: Matrix
@@ -94,7 +96,7 @@ class Alignment:
     votes: Matrix
     residuals: Matrix
     support: float
-    support_at_start: float
+    matched: int = 0
 
 
 def align(
@@ -176,7 +178,6 @@ def refine(
     """
     transform = start
     levels: list[Level] = []
-    support_at_start = 0.0
     sides = _pyramid(max(vis.shape))
     kinds = _steps_to(kind)
     for depth, side in enumerate(sides):
@@ -184,8 +185,6 @@ def refine(
         level = make_level(vis, ir, transform, side, radius=radius, across=across)
         if level is None:
             return None
-        if not levels:
-            support_at_start = float(votes(smooth(level.surfaces, 1.0), level.centres, np.eye(3)).mean())
         levels.append(level)
         correction, _ = _fit(level, kinds, (2.0, 1.0) if depth == 0 else (1.0, 0.5))
         transform = level.full(correction)
@@ -193,7 +192,7 @@ def refine(
     chosen, correction = _choose_kind(last, kind, correction)
     # Fine windows of a noisy sensor agree little where coarse ones agree well.
     support = max(_held_out(last, chosen, correction), _held_out(levels[0], "affine", None))
-    return _finish(last, chosen, correction, support, support_at_start)
+    return _finish(last, chosen, correction, support)
 
 
 @dataclass(frozen=True)
@@ -281,12 +280,12 @@ def _coarse(
 ) -> list[Matrix]:
     """The best supported similarities of a grid over rotation and scale, best first."""
     factor = _COARSE_SIDE / max(*vis.shape, *ir.shape)
-    small_vis, small_ir = _shrink(vis, factor), _shrink(ir, factor)
+    small_vis, small_ir = shrink(vis, factor), shrink(ir, factor)
     size = small_vis.shape[1], small_vis.shape[0]
     centre_vis = (size[0] - 1) / 2, (size[1] - 1) / 2
     centre_ir = (small_ir.shape[1] - 1) / 2, (small_ir.shape[0] - 1) / 2
     correlator = GlobalCorrelator(_without_edge(structure_maps(small_vis, even=False)))
-    to_small_vis, to_small_ir = _resize(vis, small_vis), _resize(ir, small_ir)
+    to_small_vis, to_small_ir = resize_between(vis, small_vis), resize_between(ir, small_ir)
     # Two cameras show either the same field of view, whatever their resolutions, or the same pixels.
     ratio = float(np.log(np.sqrt(ir.size / vis.size)))
     nominal = [0.0, ratio] if abs(ratio) > _COARSE_SCALE else [0.0]
@@ -296,7 +295,7 @@ def _coarse(
         key = round(rotation, 4), round(log_scale, 5)
         if key not in tried:
             turn = similarity_about(rotation, float(np.exp(log_scale)), centre_vis, centre_ir)
-            moved, mask = _resample(small_ir, turn, size, edge=2)
+            moved, mask = resample(small_ir, turn, size, edge=2)
             found, dx, dy = correlator.best_shift(
                 structure_maps(moved, even=False) * mask,
                 mask,
@@ -361,15 +360,15 @@ def make_level(
         the level, or None if fewer than 8 windows are covered by both images.
     """
     factor = min(1.0, side / max(vis.shape))
-    small_vis = _shrink(vis, factor)
-    to_level = _resize(vis, small_vis)
+    small_vis = shrink(vis, factor)
+    to_level = resize_between(vis, small_vis)
     # The other image is shrunk by what the transform will not shrink, so that nothing aliases.
     zoom = float(np.sqrt(abs(np.linalg.det(transform[:2, :2]))))
-    small_ir = _shrink(ir, min(1.0, factor / max(zoom, 1e-3)))
-    to_small_ir = _resize(ir, small_ir)
+    small_ir = shrink(ir, min(1.0, factor / max(zoom, 1e-3)))
+    to_small_ir = resize_between(ir, small_ir)
     size = small_vis.shape[1], small_vis.shape[0]
     predicted = transform @ np.linalg.inv(to_level)
-    moved, mask = _resample(small_ir, to_small_ir @ predicted, size, edge=_EDGE)
+    moved, mask = resample(small_ir, to_small_ir @ predicted, size, edge=_EDGE)
     window = 64 if min(size) >= 2 * 64 else 32
     centres = _grid(size, max(size) / across, window // 2 - 8)
     covered = cv2.blur(mask, (window, window))[centres[:, 1], centres[:, 0]] > _COVERED
@@ -465,9 +464,7 @@ def _held_out(level: Level, kind: TransformKind, start: Matrix | None) -> float:
     return total / len(level.centres)
 
 
-def _finish(
-    level: Level, kind: TransformKind, correction: Matrix, support: float, support_at_start: float
-) -> Alignment:
+def _finish(level: Level, kind: TransformKind, correction: Matrix, support: float) -> Alignment:
     """Places where each window was found near its predicted place, in full resolution."""
     blurred = smooth(level.surfaces, 0.5)
     predicted = transform_points(correction, level.centres)
@@ -481,35 +478,10 @@ def _finish(
     points_vis = transform_points(np.linalg.inv(level.to_level), level.centres)
     points_ir = transform_points(level.predicted, found)
     residuals = np.linalg.norm(points_ir - transform_points(transform, points_vis), axis=1)
-    return Alignment(transform, kind, points_vis, points_ir, vote, residuals, support, support_at_start)
+    return Alignment(transform, kind, points_vis, points_ir, vote, residuals, support)
 
 
 # --- images -----------------------------------------------------------------------------------
-
-
-def _shrink(image: Image, factor: float) -> Image:
-    if factor >= 1:
-        return image
-    blurred = cv2.GaussianBlur(image, (0, 0), 0.35 / factor)
-    width, height = (max(1, round(side * factor)) for side in (image.shape[1], image.shape[0]))
-    return cv2.resize(blurred, (width, height), interpolation=cv2.INTER_AREA)
-
-
-def _resize(image: Image, small: Image) -> Matrix:
-    return resize_matrix(small.shape[1] / image.shape[1], small.shape[0] / image.shape[0])
-
-
-def _resample(
-    image: Image, transform: Matrix, size: tuple[int, int], *, edge: int
-) -> tuple[Image, NDArray[np.float32]]:
-    """An image (H, W) in another frame, and where that frame is covered by it (1) or not (0)."""
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    moved = cv2.warpPerspective(image, transform, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
-    inside = np.zeros(image.shape, np.float32)
-    inside[edge:-edge, edge:-edge] = 1
-    covered = cv2.warpPerspective(inside, transform, size, flags=flags) > 0.99
-    mask = cv2.erode(covered.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=0)
-    return moved, mask.astype(np.float32)
 
 
 def _without_edge(maps: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -33,6 +33,8 @@ class Registration:
         support: mean vote of windows for transforms fitted without them, about 0 to 3.
         agreement: mean share of other places that the network finds less alike than the right one;
             0.5 is chance.
+        matched: keypoint matches found without a prior that agree with the transform; 0 where structure
+            was enough, and none were looked for.
         vis_size, ir_size: (width, height) in pixels.
     """
 
@@ -47,6 +49,7 @@ class Registration:
     inliers: NDArray[np.bool_]
     support: float
     agreement: float
+    matched: int
     vis_size: tuple[int, int]
     ir_size: tuple[int, int]
 
@@ -97,6 +100,7 @@ class Registration:
             "residual": None if np.isnan(residual) else round(residual, 3),
             "support": round(self.support, 4),
             "agreement": round(self.agreement, 4),
+            "matched": self.matched,
             "vis_size": list(self.vis_size),
             "ir_size": list(self.ir_size),
         }

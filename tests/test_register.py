@@ -65,6 +65,7 @@ def made_up(verdict="registered", transform=TRUE):
         inliers=np.array([True, True, True, True, False]),
         support=1.0,
         agreement=0.9,
+        matched=0,
         vis_size=(WIDTH, HEIGHT),
         ir_size=(WIDTH, HEIGHT),
     )

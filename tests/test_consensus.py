@@ -1,0 +1,107 @@
+"""Registration from the keypoints that the network matches, where structure alone is not enough."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+from conftest import other_sensor, texture
+
+from kglmatch import consensus, judge
+from kglmatch.geometry import corner_error, similarity_about
+
+SIZE = (256, 224)
+CENTRE = (127.5, 111.5)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return texture(*SIZE, seed=5)
+
+
+@pytest.fixture(autouse=True)
+def few_keypoints(monkeypatch):
+    """Enough for small images, and soon done."""
+    monkeypatch.setattr(consensus, "_KEYPOINTS", 100)
+
+
+def moved(scene, transform, size=SIZE):
+    """The scene seen by another sensor, through a transform (3, 3) from its pixels to the sensor's."""
+    image = cv2.warpPerspective(scene, transform, size, flags=cv2.INTER_CUBIC, borderValue=0.4)
+    return other_sensor(np.clip(image, 0, 1))
+
+
+def test_matches_agree_on_the_transform(matcher, scene):
+    true = similarity_about(5, 1.08, CENTRE, (135.0, 106.0))
+    found = consensus.align_by_matches(matcher, scene, moved(scene, true))
+    assert corner_error(found.transform, true, SIZE) < 2
+    assert found.matched >= 20
+    assert judge.give_verdict(0.0, 0.9, found.matched) == "registered"
+
+
+def test_a_transform_outside_the_limits_is_not_taken(matcher, scene):
+    ir = moved(scene, similarity_about(5, 1.08, CENTRE, (135.0, 106.0)))
+    assert consensus.align_by_matches(matcher, scene, ir, max_rotation=2) is None
+    assert consensus.align_by_matches(matcher, scene, ir, max_displacement=4) is None
+
+
+def test_two_resolutions(matcher, scene):
+    true = similarity_about(3, 0.6, CENTRE, (76.0, 68.0))
+    found = consensus.align_by_matches(matcher, scene, moved(scene, true, (154, 134)))
+    assert corner_error(found.transform, true, SIZE) < 2
+
+
+def test_nothing_where_the_scenes_differ(matcher, scene):
+    assert consensus.align_by_matches(matcher, scene, other_sensor(texture(*SIZE, seed=6))) is None
+
+
+@pytest.mark.parametrize("ir", [np.full((224, 256), 0.5, np.float32), texture(60, 80)], ids=["blank", "tiny"])
+def test_nothing_where_there_is_nothing_to_match(matcher, scene, ir):
+    assert consensus.align_by_matches(matcher, scene, ir) is None
+
+
+def test_matches_decide_where_structure_fails(matcher, scene, monkeypatch):
+    true = similarity_about(0, 1, CENTRE, (120.0, 117.0))
+    ir = moved(scene, true)
+    monkeypatch.setattr(judge, "align", lambda *images, **limits: [])
+    monkeypatch.setattr(consensus, "refine", lambda *images, **options: None)
+    found = matcher.register(scene, ir, transform="translation")
+    assert found.verdict == "registered" and found.confidence > 0.5
+    assert found.kind == "translation" and found.support == 0
+    assert found.matched >= 20 and found.inliers.sum() >= 20
+    assert corner_error(found.transform, true, SIZE) < 0.5
+    assert found.to_dict()["matched"] == found.matched
+
+
+def test_structure_may_not_lead_away_from_the_matches(matcher, scene, monkeypatch):
+    true = similarity_about(4, 1.0, CENTRE, CENTRE)
+    refine = consensus.refine
+
+    def astray(vis, ir, start, **options):
+        return refine(vis, ir, start @ similarity_about(0, 1, (0, 0), (40, 0)), **options)
+
+    monkeypatch.setattr(consensus, "refine", astray)
+    monkeypatch.setattr(consensus, "LEAST_SUPPORT", -1)
+    found = consensus.align_by_matches(matcher, scene, moved(scene, true))
+    assert corner_error(found.transform, true, SIZE) < 3
+
+
+@pytest.mark.parametrize("kind", ["translation", "similarity", "affine", "homography"])
+def test_each_kind_is_fitted_among_outliers(kind):
+    rng = np.random.default_rng(0)
+    vis = rng.uniform(0, 200, (40, 2))
+    true = np.array([[1, 0, 7], [0, 1, -3], [0, 0, 1.0]])
+    ir = vis + [7, -3]
+    ir[30:] = rng.uniform(0, 200, (10, 2))
+    found = consensus._fit(kind, vis, ir, 2.0)
+    assert corner_error(found, true, (200, 200)) < 0.1
+    assert consensus._fit(kind, vis[:7], ir[:7], 2.0) is None
+
+
+def test_the_third_witness_stands_in_for_structure_but_not_for_the_network():
+    assert judge.give_verdict(0.0, 0.9, 7) == "failed"
+    assert judge.give_verdict(0.0, 0.9, 8) == "doubtful"
+    assert judge.give_verdict(0.0, 0.9, 12) == "registered"
+    assert judge.give_verdict(0.0, 0.55, 40) == "failed"
+    assert judge.give_verdict(1.0, 0.95, 0) == judge.give_verdict(1.0, 0.95, 9) == "registered"
+    assert judge.confidence(0.0, 0.9, 11) < 0.5 <= judge.confidence(0.0, 0.9, 12)
