@@ -13,6 +13,8 @@ from kglmatch.errors import KGLMatchError
 TransformKind = Literal["translation", "similarity", "affine", "homography"]
 TRANSFORMS: tuple[TransformKind, ...] = get_args(TransformKind)
 
+_ITERATIONS = 30
+
 MIN_MATCHES = 4  # a homography has eight degrees of freedom, a point pair gives two
 
 
@@ -103,6 +105,44 @@ def small_transform(kind: TransformKind, step: NDArray[np.floating]) -> NDArray[
         transform[:2, :2] += [[step[2], step[3]], [step[4], step[5]]]
         transform[2, :2] = step[6:] if kind == "homography" else 0
     return transform
+
+
+def fit_robustly(
+    kind: TransformKind,
+    points_vis: NDArray[np.floating],
+    points_ir: NDArray[np.floating],
+    start: NDArray[np.float64],
+    scales: tuple[float, float],
+) -> NDArray[np.float64]:
+    """The transform that fits matches best near a first guess; outliers hardly count.
+
+    Iteratively reweighted least squares with Geman and McClure's weights, whose scale shrinks on the way.
+    A consensus by RANSAC takes one of many sets that agree within a tolerance; this takes them all.
+
+    Args:
+        kind: which transforms are allowed.
+        points_vis, points_ir: (K, 2) xy pixels, row by row matching.
+        start: (3, 3) from visible to ir pixels, of that kind or a simpler one.
+        scales: ir pixels, first and last: a match so far off counts a quarter.
+
+    Returns:
+        (3, 3).
+    """
+    middle = points_ir.mean(axis=0)
+    unit = float(np.abs(points_ir - middle).max()) + 1e-6
+    to_unit = np.array([[1 / unit, 0, -middle[0] / unit], [0, 1 / unit, -middle[1] / unit], [0, 0, 1]])
+    transform, wanted = to_unit @ start, transform_points(to_unit, points_ir)
+    for scale in np.geomspace(*scales, _ITERATIONS) / unit:
+        moved = transform_points(transform, points_vis)
+        off = wanted - moved
+        weight = 1 / (1 + np.square(off).sum(axis=1) / scale**2) ** 2
+        jacobian = transform_jacobian(kind, moved)
+        normal = np.einsum("p,pia,pib->ab", weight, jacobian, jacobian)
+        normal += 1e-9 * np.eye(len(normal))
+        step = np.linalg.solve(normal, np.einsum("p,pia,pi->a", weight, jacobian, off))
+        transform = small_transform(kind, step) @ transform
+    transform = np.linalg.inv(to_unit) @ transform
+    return transform / transform[2, 2]
 
 
 def similarity_about(

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from kglmatch.errors import KGLMatchError
-from kglmatch.geometry import corner_error, estimate_homography, transform_points
+from kglmatch.geometry import (
+    TRANSFORMS,
+    corner_error,
+    estimate_homography,
+    fit_robustly,
+    small_transform,
+    transform_points,
+)
 
 TRUE = np.array([[1.02, 0.03, 4.0], [-0.02, 0.99, -7.0], [1e-5, 2e-5, 1.0]])
 
@@ -59,3 +66,17 @@ def test_corner_error_of_a_shift_is_its_length():
     shift = np.array([[1.0, 0, 3], [0, 1, 4]])
     assert corner_error(shift, np.eye(3), (100, 80)) == pytest.approx(5.0)
     assert corner_error(shift, shift, (100, 80)) == 0
+
+
+@pytest.mark.parametrize("kind", TRANSFORMS)
+def test_robust_fit_uses_all_inliers_and_no_outlier(kind):
+    rng = np.random.default_rng(0)
+    step = np.array([12.0, -7.0, 0.05, -0.03, 0.02, 0.04, 1e-5, -2e-5])
+    step = step[: {"translation": 2, "similarity": 4, "affine": 6, "homography": 8}[kind]]
+    true = small_transform(kind, step)
+    vis = rng.uniform(0, 500, (120, 2))
+    ir = transform_points(true, vis) + rng.normal(0, 1.0, (120, 2))
+    ir[:50] = rng.uniform(0, 500, (50, 2))
+    start = np.array([[1, 0, step[0] + 4], [0, 1, step[1] - 3], [0, 0, 1.0]])
+    found = fit_robustly(kind, vis, ir, start, (20.0, 3.0))
+    assert corner_error(found, true, (500, 500)) < 1.0
