@@ -20,6 +20,10 @@ from kglmatch.errors import ImageError, KGLMatchError, OutputError
 from kglmatch.files import atomic_output
 from kglmatch.results import Registration
 
+_ASCII, _SHORT, _LONG, _DOUBLE = 2, 3, 4, 12  # TIFF field types
+_BYTES = {_ASCII: 1, _SHORT: 2, _LONG: 4, _DOUBLE: 8}  # of one value
+TiffFields = list[tuple[int, int, bytes]]  # tag, type, values
+
 YML = (".yml", ".yaml")
 CONTROL_POINTS = (".points", ".txt", ".gcp")
 STACK = (".tif", ".tiff")
@@ -100,6 +104,7 @@ class MapFrame:
 NO_MAP = MapFrame(np.array([[1.0, 0.0, 0.5], [0.0, -1.0, -0.5]]))
 
 _SCALE, _TIES, _MATRIX, _KEYS = 33550, 33922, 34264, 34735  # GeoTIFF tags
+_DOUBLES, _TEXTS, _NODATA = 34736, 34737, 42113
 _RASTER_TYPE, _GEOGRAPHIC, _PROJECTED = 1025, 2048, 3072  # GeoTIFF keys
 _PIXEL_IS_POINT, _USER_DEFINED = 2, 32767
 
@@ -110,14 +115,7 @@ def read_map_frame(path: str | os.PathLike[str]) -> MapFrame:
     Raises:
         ImageError: a file that cannot be read.
     """
-    try:
-        with Image.open(path) as image:
-            tags = dict(getattr(image, "tag_v2", {}))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        # No image that Pillow knows, such as a format of OpenCV's; GeoTIFF it does know.
-        if not Path(path).is_file():
-            raise ImageError(f"cannot read {os.fspath(path)}: no such file") from None
-        return NO_MAP
+    tags = _read_tags(path)
     keys = np.array(tags.get(_KEYS, ()), np.int64)
     entries = {int(key): int(value) for key, place, _, value in keys[4:].reshape(-1, 4) if place == 0}
     if len(tags.get(_MATRIX, ())) == 16:
@@ -133,6 +131,38 @@ def read_map_frame(path: str | os.PathLike[str]) -> MapFrame:
         matrix[:, 2] += corner[:, :2] @ [0.5, 0.5]
     code = entries.get(_PROJECTED, entries.get(_GEOGRAPHIC, _USER_DEFINED))
     return MapFrame(matrix, None if code in (0, _USER_DEFINED) else code)
+
+
+def _read_tags(path: str | os.PathLike[str]) -> dict[int, Any]:
+    """TIFF tags of a file; none of another image. Raises `ImageError` for a file that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return dict(getattr(image, "tag_v2", {}))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        # No image that Pillow knows, such as a format of OpenCV's; GeoTIFF it does know.
+        if not Path(path).is_file():
+            raise ImageError(f"cannot read {os.fspath(path)}: no such file") from None
+        return {}
+
+
+def read_map_tags(path: str | os.PathLike[str]) -> TiffFields:
+    """What places a GeoTIFF on its map, as fields for `save_stack`; none for any other image file.
+
+    Raises:
+        ImageError: a file that cannot be read.
+    """
+    tags = _read_tags(path)
+    if _KEYS not in tags:
+        return []
+    fields: TiffFields = []
+    for tag in (_SCALE, _TIES, _MATRIX, _DOUBLES):
+        if tag in tags:
+            values = np.atleast_1d(np.array(tags[tag], "<f8"))
+            fields.append((tag, _DOUBLE, values.tobytes()))
+    fields.append((_KEYS, _SHORT, _shorts(*tags[_KEYS])))
+    if _TEXTS in tags:
+        fields.append((_TEXTS, _ASCII, str(tags[_TEXTS]).encode("utf-8", "replace") + b"\0"))
+    return fields
 
 
 def save_control_points(
@@ -190,7 +220,6 @@ def _transform(registration: Registration) -> NDArray[np.float64]:
 
 _STACK_TYPES = ("uint8", "uint16", "uint32", "int16", "int32", "float32", "float64")
 _STRIP = 1 << 20  # bytes, before compression
-_SHORT, _LONG, _ASCII = 3, 4, 2  # TIFF field types
 
 
 def check_pages(pages: Sequence[NDArray[Any]], names: Sequence[str]) -> None:
@@ -202,13 +231,22 @@ def check_pages(pages: Sequence[NDArray[Any]], names: Sequence[str]) -> None:
             raise ImageError(f"{name} has type {page.dtype}; a stack holds {', '.join(_STACK_TYPES)}")
 
 
-def save_stack(path: str | os.PathLike[str], pages: Sequence[NDArray[Any]], names: Sequence[str]) -> None:
+def save_stack(
+    path: str | os.PathLike[str],
+    pages: Sequence[NDArray[Any]],
+    names: Sequence[str],
+    *,
+    map_tags: TiffFields | None = None,
+    nodata: float | None = None,
+) -> None:
     """Writes images as the pages of one TIFF, lossless (deflate), each of its own type.
 
     Args:
         path: .tif or .tiff.
         pages: (H, W) or (H, W, C), C = 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA; bool becomes 0 and 255.
         names: of the pages, written as their PageName.
+        map_tags: of `read_map_tags`, for pages that lie on the pixels of a GeoTIFF.
+        nodata: value of pixels without data, told to GDAL.
 
     Raises:
         ImageError: a page of a type that is none of these.
@@ -217,19 +255,27 @@ def save_stack(path: str | os.PathLike[str], pages: Sequence[NDArray[Any]], name
     # OpenCV names no pages, and Pillow holds no 16-bit colour.
     check_ending(path, STACK, "a stack")
     check_pages(pages, names)
+    more = list(map_tags or ())
+    if nodata is not None:
+        more.append((_NODATA, _ASCII, f"{nodata:.17g}\0".encode()))
     with atomic_output(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<2sHI", b"II", 42, 0))
         pointer = 4
         for number, (page, name) in enumerate(zip(pages, names, strict=True)):
             pixels = page.astype(np.uint8) * 255 if page.dtype == np.bool_ else page
             pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-            pointer = _write_page(file, pointer, pixels, name, (number, len(pages)))
+            pointer = _write_page(file, pointer, pixels, name, (number, len(pages)), more)
         if file.tell() >= 1 << 32:
             raise OutputError(f"cannot write {os.fspath(path)}: the stack is larger than a TIFF's 4 GiB")
 
 
 def _write_page(
-    file: BinaryIO, pointer: int, pixels: NDArray[Any], name: str, number: tuple[int, int]
+    file: BinaryIO,
+    pointer: int,
+    pixels: NDArray[Any],
+    name: str,
+    number: tuple[int, int],
+    more: TiffFields,
 ) -> int:
     """Writes one page (H, W, C), links it at `pointer`; where the next page is to be linked."""
     height, width, channels = pixels.shape
@@ -242,8 +288,8 @@ def _write_page(
         counts.append(file.write(strip))
         if file.tell() >= 1 << 32:
             raise OutputError(f"cannot write {name}: the stack is larger than a TIFF's 4 GiB")
-    fields: list[tuple[int, int, bytes]] = [
-        (254, _LONG, _longs(2)),  # a page of several
+    fields: TiffFields = [
+        (254, _LONG, _longs(0 if number[1] == 1 else 2)),  # an image, or a page of several
         (256, _LONG, _longs(width)),
         (257, _LONG, _longs(height)),
         (258, _SHORT, _shorts(*[8 * pixels.itemsize] * channels)),
@@ -258,10 +304,11 @@ def _write_page(
         (317, _SHORT, _shorts(2 if predict else 1)),
         *([(338, _SHORT, _shorts(2))] if channels in (2, 4) else []),  # alpha
         (339, _SHORT, _shorts(*[{"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]] * channels)),
+        *sorted(more),
     ]
     entries = b""
     for tag, kind, value in fields:
-        count = len(value) // {_SHORT: 2, _LONG: 4, _ASCII: 1}[kind]
+        count = len(value) // _BYTES[kind]
         if len(value) > 4:
             file.write(b"\0" * (file.tell() % 2))
             place = struct.pack("<I", file.tell())

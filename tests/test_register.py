@@ -330,8 +330,9 @@ def test_control_points_on_a_map(tmp_path):
     assert float(lines[2].split(",")[3]) == pytest.approx(-row, abs=1e-3)
 
 
-def geotiff(path, point):
+def geotiff(path, point, image=None):
     """A GeoTIFF of 10 m pixels whose raster type is area (1) or point (2)."""
+    image = np.zeros((70, 80), np.uint8) if image is None else image
     info = {33550: (10.0, 10.0, 0.0), 33922: (0.0, 0.0, 0.0, 5e5, 5e6, 0.0)}
     keys = struct.pack("<12H", 1, 1, 0, 2, 1025, 0, 1, point, 3072, 0, 1, 32633)
     from PIL.TiffImagePlugin import ImageFileDirectory_v2
@@ -342,7 +343,9 @@ def geotiff(path, point):
         tags[tag] = value
     tags.tagtype[34735] = 3
     tags[34735] = struct.unpack("<12H", keys)
-    Image.fromarray(np.zeros((70, 80), np.uint8)).save(path, tiffinfo=tags)
+    tags.tagtype[34737] = 2
+    tags[34737] = "WGS 84 / UTM zone 33N|"
+    Image.fromarray(image).save(path, tiffinfo=tags)
 
 
 def test_map_frame(tmp_path):
@@ -355,6 +358,37 @@ def test_map_frame(tmp_path):
     assert read_map_frame(write(tmp_path / "plain.png", scene()[0])) is NO_MAP
     with pytest.raises(ImageError, match="no such file"):
         read_map_frame(tmp_path / "none.tif")
+
+
+@pytest.mark.parametrize("bands", [1, 2])
+def test_what_lies_on_a_map_stays_on_it(tmp_path, stub, bands):
+    stub(*[made_up()] * bands)
+    vis, ir = scene()
+    geotiff(tmp_path / "v.tif", 2, np.rint(vis * 255).astype(np.uint8))
+    files = [write(tmp_path / f"i{n}.tif", ir, np.uint16) for n in range(bands)]
+    out = tmp_path / "a.tif"
+    assert main(["register", str(tmp_path / "v.tif"), *files, "-o", str(out), "--nodata", "7"]) == 0
+    found, expected = read_map_frame(out), read_map_frame(tmp_path / "v.tif")
+    assert found.epsg == 32633 and np.array_equal(found.matrix, expected.matrix)
+    with Image.open(out) as image:
+        assert image.n_frames == (1 if bands == 1 else 3)
+        for page in range(image.n_frames):
+            image.seek(page)
+            assert image.tag_v2[34737] == "WGS 84 / UTM zone 33N|"
+            assert float(image.tag_v2[42113]) == 7
+            assert image.size == (WIDTH, HEIGHT)
+    last = cv2.imreadmulti(str(out), flags=cv2.IMREAD_UNCHANGED)[1][-1]
+    assert last.dtype == np.uint16 and np.array_equal(last == 7, ~made_up().covered())
+
+
+def test_without_a_map_nothing_is_said_of_one(tmp_path, stub):
+    stub(made_up())
+    vis, ir = scene()
+    files = write(tmp_path / "v.tif", vis), write(tmp_path / "i.tif", ir)
+    assert main(["register", *files, "-o", str(tmp_path / "a.tif")]) == 0
+    assert read_map_frame(tmp_path / "a.tif") is NO_MAP
+    with Image.open(tmp_path / "a.tif") as image:
+        assert not {33550, 33922, 34264, 34735} & set(image.tag_v2)
 
 
 def test_stack_keeps_every_page_as_it_is(tmp_path):

@@ -277,7 +277,7 @@ def _write_pair(
     if found.transform is not None:
         transform = found.transform
         writers = [
-            (args.output, lambda path: save_image(path, _warp(found, raws[0], args.nodata))),
+            (args.output, lambda path: _write_warped(args, path, _warp(found, raws[0], args.nodata))),
             (args.overlay, lambda path: save_image(path, draw_overlay(vis, ir, transform))),
             (args.checkerboard, lambda path: save_image(path, draw_checkerboard(vis, ir, transform))),
             (args.matches, lambda path: save_image(path, draw_matches(vis, ir, _matches(found)))),
@@ -291,6 +291,18 @@ def _write_pair(
             write(path)
             written.append(path)
     return written
+
+
+def _write_warped(args: argparse.Namespace, path: Path, image: NDArray[Any]) -> None:
+    """Writes the ir image on the visible one's pixels, and with its place on the map if it has one."""
+    from kglmatch.images import save_image
+    from kglmatch.registration_files import STACK, read_map_tags, save_stack
+
+    map_tags = read_map_tags(args.vis) if path.suffix.lower() in STACK else []
+    if map_tags:
+        save_stack(path, [image], [args.ir[0].name], map_tags=map_tags, nodata=args.nodata)
+    else:
+        save_image(path, image)
 
 
 def _warp(found: Registration, raw: NDArray[Any], nodata: float | None) -> NDArray[Any]:
@@ -384,12 +396,13 @@ def _write_rig(
     kept: list[int],
     facts: dict[str, Any],
 ) -> list[Path]:
-    from kglmatch.registration_files import registration_to_dict, save_json, save_stack
+    from kglmatch.registration_files import read_map_tags, registration_to_dict, save_json, save_stack
 
     written = []
     if args.output is not None and kept:
         pages = [raws[0], *(_warp(results[i].registration, raws[i + 1], args.nodata) for i in kept)]
-        save_stack(args.output, pages, [args.vis.name, *(args.ir[i].name for i in kept)])
+        page_names = [args.vis.name, *(args.ir[i].name for i in kept)]
+        save_stack(args.output, pages, page_names, map_tags=read_map_tags(args.vis), nodata=args.nodata)
         written.append(args.output)
     if args.save is not None:
         bands = [{"band": r.name, "via": r.via, **registration_to_dict(r.registration)} for r in results]
