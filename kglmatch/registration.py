@@ -37,6 +37,7 @@ _COARSE_OVERLAP = 0.35
 _HYPOTHESES = 3
 _EDGE = 4  # pixels next to a border, where filters see what is not there
 _FIRST_SIDE = 256
+_LEAST_SIDE, _COARSE_LEAST = 64, 32  # pixels that the shorter side of a strip keeps
 _LAST_SIDE = 2048
 _COVERED = 0.7  # of a window
 _MIN_WINDOWS = 8
@@ -227,7 +228,7 @@ def displacement_field(vis: Image, ir: Image, max_displacement: float) -> Field 
     Returns:
         the field, or None where the images hold too little structure.
     """
-    factor = min(1.0, _FIRST_SIDE / max(vis.shape))
+    factor = _shrinking(vis, _FIRST_SIDE, _LEAST_SIDE)
     radius = int(np.clip(np.ceil(max_displacement * factor) + 2, 4, 24))
     alignment = refine(vis, ir, np.eye(3), kind="affine", first_radius=radius)
     if alignment is None:
@@ -279,22 +280,27 @@ def _coarse(
     vis: Image, ir: Image, max_displacement: float | None, max_rotation: float, max_scale: float
 ) -> list[Matrix]:
     """The best supported similarities of a grid over rotation and scale, best first."""
-    factor = _COARSE_SIDE / max(*vis.shape, *ir.shape)
-    small_vis, small_ir = shrink(vis, factor), shrink(ir, factor)
+    factor = _shrinking(vis, _COARSE_SIDE, _COARSE_LEAST)
+    small_vis = shrink(vis, factor)
     size = small_vis.shape[1], small_vis.shape[0]
     centre_vis = (size[0] - 1) / 2, (size[1] - 1) / 2
-    centre_ir = (small_ir.shape[1] - 1) / 2, (small_ir.shape[0] - 1) / 2
     correlator = GlobalCorrelator(_without_edge(structure_maps(small_vis, even=False)))
-    to_small_vis, to_small_ir = resize_between(vis, small_vis), resize_between(ir, small_ir)
+    to_small_vis = resize_between(vis, small_vis)
     # Two cameras show either the same field of view, whatever their resolutions, or the same pixels.
     ratio = float(np.log(np.sqrt(ir.size / vis.size)))
     nominal = [0.0, ratio] if abs(ratio) > _COARSE_SCALE else [0.0]
+    # In each case the other image is shrunk to pixels as large as the visible one's.
+    small_irs = {n: shrink(ir, factor / float(np.exp(n))) for n in nominal}
     tried: dict[tuple[float, float], tuple[float, Matrix]] = {}
 
     def evidence(rotation: float, log_scale: float) -> float:
         key = round(rotation, 4), round(log_scale, 5)
         if key not in tried:
-            turn = similarity_about(rotation, float(np.exp(log_scale)), centre_vis, centre_ir)
+            small_ir = small_irs[min(nominal, key=lambda n: abs(n - log_scale))]
+            to_small_ir = resize_between(ir, small_ir)
+            centre_ir = (small_ir.shape[1] - 1) / 2, (small_ir.shape[0] - 1) / 2
+            scale = float(np.exp(log_scale)) * to_small_ir[0, 0] / to_small_vis[0, 0]
+            turn = similarity_about(rotation, scale, centre_vis, centre_ir)
             moved, mask = resample(small_ir, turn, size, edge=2)
             found, dx, dy = correlator.best_shift(
                 structure_maps(moved, even=False) * mask,
@@ -359,7 +365,7 @@ def make_level(
     Returns:
         the level, or None if fewer than 8 windows are covered by both images.
     """
-    factor = min(1.0, side / max(vis.shape))
+    factor = _shrinking(vis, side, _LEAST_SIDE)
     small_vis = shrink(vis, factor)
     to_level = resize_between(vis, small_vis)
     # The other image is shrunk by what the transform will not shrink, so that nothing aliases.
@@ -383,6 +389,11 @@ def make_level(
         radius=radius,
     )
     return Level(centres.astype(np.float64), standardise(surfaces), to_level, predicted)
+
+
+def _shrinking(image: Image, side: int, least: int) -> float:
+    """The factor that makes the longer side `side` pixels, but leaves a strip `least` pixels wide."""
+    return min(1.0, max(side / max(image.shape), least / min(image.shape)))
 
 
 def _pyramid(side: int) -> list[int]:

@@ -14,6 +14,7 @@ from kglmatch.errors import KGLMatchError
 from kglmatch.features import Matches
 from kglmatch.geometry import transform_points
 from kglmatch.images import load_image
+from kglmatch.resampling import resize_between, shrink
 from kglmatch.results import RegistrationCheck
 
 Picture = NDArray[np.uint8]
@@ -293,6 +294,10 @@ def _brought_together(
     # Picture pixels -> visible pixels -> ir pixels.
     to_vis = np.array([[1 / scale, 0, 0.5 / scale - 0.5], [0, 1 / scale, 0.5 / scale - 0.5], [0, 0, 1]])
     to_ir = homography.astype(np.float64) @ to_vis
+    # Nothing aliases, and OpenCV warps no image of more than 32,766 pixels a side.
+    small = shrink(ir, 1 / max(float(np.sqrt(abs(np.linalg.det(to_ir[:2, :2])))), 1e-3))
+    to_ir = resize_between(ir, small) @ to_ir
+    ir = small
     warped = _warp(ir, to_ir, size)
     # What lies beyond the horizon of the homography, seen from the image's centre, is no image.
     x, y = np.arange(size[0]), np.arange(size[1])[:, None]

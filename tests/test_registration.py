@@ -8,7 +8,7 @@ import pytest
 from conftest import other_sensor, texture
 
 from kglmatch import judge, registration, structure, surfaces
-from kglmatch.errors import KGLMatchError
+from kglmatch.errors import ImageError, KGLMatchError
 from kglmatch.geometry import (
     TRANSFORMS,
     corner_error,
@@ -135,6 +135,22 @@ def test_align_bridges_two_resolutions(scene):
     assert corner_error(best.transform, resize_matrix(0.5, 0.5), (320, 256)) < 1.0
 
 
+@pytest.mark.parametrize("size", [(40, 32), (64, 50)], ids=["an eighth", "a fifth"])
+def test_coarse_search_bridges_resolutions_far_apart(scene, size):
+    small = other_sensor(cv2.resize(scene, size, interpolation=cv2.INTER_AREA))
+    true = resize_matrix(size[0] / 320, size[1] / 256)
+    best = registration._coarse(scene, small, None, 6.0, 1.1)[0]
+    error = corner_error(best, true, (320, 256))
+    assert error < 0.02 * size[0]
+
+
+def test_a_long_strip_aligns():
+    strip = texture(1600, 80, seed=4)
+    moved = other_sensor(shifted(strip, 9, -3))
+    best = registration.align(strip, moved, kind="translation")[0]
+    assert corner_error(best.transform, similarity_about(0, 1, (0, 0), (9, -3)), (1600, 80)) < 0.3
+
+
 def test_structure_that_is_not_shared_is_not_supported(scene):
     found = registration.align(scene, texture(320, 256, seed=77), max_rotation=6, max_scale=1.06)
     assert all(alignment.support < 0.2 for alignment in found)
@@ -206,3 +222,26 @@ def test_warping_keeps_the_type(dtype):
     moved = warp_image(image, np.array([[1.0, 0, 3], [0, 1, -2], [0, 0, 1]]), (40, 30))
     assert moved.dtype == dtype
     assert np.allclose(moved[2:, :-3], image[:-2, 3:], rtol=1e-6)
+
+
+def test_warping_in_tiles_is_warping(monkeypatch):
+    image = texture(90, 70)
+    transform = similarity_about(8, 1.1, (44.5, 34.5), (46.0, 30.0))
+    transform[2, :2] = 1e-4, -2e-4
+    whole = warp_image(image, transform, (100, 80), nodata=-1)
+    monkeypatch.setattr("kglmatch.results._TILE", 32)
+    tiles = warp_image(image, transform, (100, 80), nodata=-1)
+    assert np.array_equal(whole == -1, tiles == -1) and 0 < (whole == -1).mean() < 0.5
+    assert np.abs(whole - tiles).max() < 0.02
+    colour = warp_image(np.dstack([image] * 3), transform, (100, 80), nodata=-1)
+    assert np.array_equal(colour[..., 1], tiles)
+
+
+def test_images_wider_than_opencv_warps():
+    image = np.zeros((3, 40_000), np.uint8)
+    image[1, 39_000:39_005] = 200
+    moved = warp_image(image, np.array([[1, 0, 10], [0, 1, 0], [0, 0, 1.0]]), (40_000, 3))
+    assert moved.shape == (3, 40_000)
+    assert (moved[1, 38_990:38_995] == 200).all() and np.count_nonzero(moved[1]) <= 9
+    with pytest.raises(ImageError, match="shrink that image first"):
+        warp_image(image, np.diag([100.0, 1, 1]), (400, 3))
