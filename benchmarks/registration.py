@@ -180,10 +180,11 @@ def unrelated(matcher: Matcher, pairs: list[ImagePair], count: int) -> dict[str,
     for _ in range(count):
         first, second = rng.choice(len(pairs), 2, replace=False)
         result = matcher.register(pairs[first].vis, pairs[second].ir)
-        found.append((result.verdict, result.support, result.agreement))
+        found.append((result.verdict, result.support, result.agreement, result.matched))
         print(pairs[first].vis.name, pairs[second].ir.name, result.verdict,
-              f"support {result.support:.2f} agreement {result.agreement:.2f}", flush=True)  # fmt: skip
-    verdicts = [verdict for verdict, _, _ in found]
+              f"support {result.support:.2f} agreement {result.agreement:.2f} matched {result.matched}",
+              flush=True)  # fmt: skip
+    verdicts = [verdict for verdict, *_ in found]
     print({v: verdicts.count(v) for v in ("registered", "doubtful", "failed")})
     return {"results": found}
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Image = NDArray[np.float32]
 Matrix = NDArray[np.float64]
 
-LEAST = 8  # matches; of 24 unrelated pairs no more than 6 agreed on a similarity
+LEAST = 10  # matches; of unrelated pairs up to 8 agreed on a similarity, where both show a street
 
 _SIDE = 1024  # pixels: both images are matched at this size, or smaller
 _MAX_ENLARGED = 2.0
@@ -59,7 +59,7 @@ def align_by_matches(
             similarity to the matches.
 
     Returns:
-        the alignment, with `matched` set; None where fewer than 8 matches agree, or what they agree on
+        the alignment, with `matched` set; None where fewer than 10 matches agree, or what they agree on
         lies outside the limits.
     """
     # Two cameras show either the same field of view, whatever their resolutions, or the same pixels.
