@@ -41,7 +41,7 @@ _SUPPORT_WEIGHT = 1.5
 _LEAST_AGREEMENT = 0.62
 _DOUBTFUL, _REGISTERED = 1.0, 1.1
 # A third witness may stand in for structure: matches found without a prior that agree on the transform.
-_DOUBTFUL_MATCHES, _REGISTERED_MATCHES = LEAST, 14
+_DOUBTFUL_MATCHES, _REGISTERED_MATCHES = LEAST, 16
 
 
 def agreement(distances: NDArray[np.floating]) -> float:

@@ -89,7 +89,7 @@ def test_structure_may_not_lead_away_from_the_matches(matcher, scene, monkeypatc
 def test_the_third_witness_stands_in_for_structure_but_not_for_the_network():
     assert judge.give_verdict(0.0, 0.9, 9) == "failed"
     assert judge.give_verdict(0.0, 0.9, 10) == "doubtful"
-    assert judge.give_verdict(0.0, 0.9, 14) == "registered"
+    assert judge.give_verdict(0.0, 0.9, 16) == "registered"
     assert judge.give_verdict(0.0, 0.55, 40) == "failed"
     assert judge.give_verdict(1.0, 0.95, 0) == judge.give_verdict(1.0, 0.95, 11) == "registered"
-    assert judge.confidence(0.0, 0.9, 13) < 0.5 <= judge.confidence(0.0, 0.9, 14)
+    assert judge.confidence(0.0, 0.9, 15) < 0.5 <= judge.confidence(0.0, 0.9, 16)
