@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kglmatch import Matcher
-from kglmatch.network import ConvBlock, KGLNet
-from kglmatch.pretrained import load_model
+from kglmatch.models.network import ConvBlock, KGLNet
+from kglmatch.models.pretrained import load_model
 
 MATRIX = 2048
 Clock = Callable[[], float]

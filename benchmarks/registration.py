@@ -30,9 +30,9 @@ import numpy as np
 
 from kglmatch import Matcher
 from kglmatch.datasets import ImagePair, find_image_pairs
+from kglmatch.evaluation.baselines import register_images
 from kglmatch.geometry import corner_error, similarity_about
 from kglmatch.images import load_image
-from kglmatch.peers import register_images
 
 SET_ERROR = 40.0  # pixels; no pair of the sets is so far off
 
@@ -180,9 +180,9 @@ def unrelated(matcher: Matcher, pairs: list[ImagePair], count: int) -> dict[str,
     for _ in range(count):
         first, second = rng.choice(len(pairs), 2, replace=False)
         result = matcher.register(pairs[first].vis, pairs[second].ir)
-        found.append((result.verdict, result.support, result.agreement, result.matched))
+        found.append((result.verdict, result.support, result.agreement, result.num_matches))
         print(pairs[first].vis.name, pairs[second].ir.name, result.verdict,
-              f"support {result.support:.2f} agreement {result.agreement:.2f} matched {result.matched}",
+              f"support {result.support:.2f} agreement {result.agreement:.2f} matched {result.num_matches}",
               flush=True)  # fmt: skip
     verdicts = [verdict for verdict, *_ in found]
     print({v: verdicts.count(v) for v in ("registered", "doubtful", "failed")})

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kglmatch.datasets import ScenePairs
-from kglmatch.network import KGLNet
+from kglmatch.models.network import KGLNet
 from kglmatch.training import Augmentation, Batch, Trainer, TrainingConfig, losses, mining, objective
 from kglmatch.training.data import load_training_data
 

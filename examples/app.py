@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kglmatch import KGLMatchError, Matcher, list_pretrained, load_image
-from kglmatch.matcher import check_image_size
+from kglmatch.patch_matcher import check_image_size
 from kglmatch.visualize import draw_checkerboard, draw_matches
 
 DATA = Path(__file__).parent / "data"

@@ -36,8 +36,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kglmatch.errors import DataError
+from kglmatch.options import PATCH_SIZE
 
-PATCH_SIZE = 64
 MAX_POINTS = 1500
 MIN_NEGATIVE_DISTANCE = 8.0
 
@@ -177,6 +177,21 @@ def pair_folders(vis: str | Path, ir: str | Path) -> list[ImagePair]:
         for stem in sorted(set(ours) - set(theirs)):
             raise DataError(f"{ours[stem]} has no partner of that name in {other}; add it or remove this one")
     return [ImagePair(stem, path, images[1][stem]) for stem, path in images[0].items()]
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """The image files of a folder, in the order of their names.
+
+    Raises:
+        DataError: not a folder, none in it, or two of one name.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"not a folder: {folder}")
+    files = list(_images_by_stem(folder).values())
+    if not files:
+        raise DataError(f"no images in {folder}")
+    return files
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -353,16 +368,29 @@ def sample_patch_pairs(
     rows = np.arange(len(pairs))
     if max_pairs is not None and max_pairs < len(rows):
         rows = np.sort(random.permutation(len(rows))[:max_pairs])
-    partners = rows[_draw_partners(pairs.points[rows], pairs.scene_index[rows], random, name)]
+    partners = rows[draw_partners(pairs.points[rows], pairs.scene_index[rows], random, name)]
     vis = np.repeat(pairs.patches(rows, "vis"), 2, axis=0)
     ir = pairs.patches(np.stack([rows, partners], axis=1).ravel(), "ir")
     return PatchPairs(name, vis, ir, np.tile([True, False], len(rows)))
 
 
-def _draw_partners(
+def draw_partners(
     points: NDArray[np.int64], scene: NDArray[np.int64], random: np.random.RandomState, name: str
 ) -> NDArray[np.int64]:
-    """For each point a random other one, uniform over those that are not nearly the same place."""
+    """For each point a random other one, uniform over those that are not nearly the same place.
+
+    Args:
+        points: (N, 2) xy pixels.
+        scene: (N,) which image each is in.
+        random: source of the draw.
+        name: of the set, for the error.
+
+    Returns:
+        (N,) rows.
+
+    Raises:
+        DataError: a point without a place at least `MIN_NEGATIVE_DISTANCE` pixels away.
+    """
 
     def near(a: Any, b: Any) -> Any:
         apart = ((points[a] - points[b]) ** 2).sum(axis=-1)
@@ -615,7 +643,10 @@ class PatchSource:
         return load_sos_patches(self.path, max_pairs=max_pairs, seed=seed)
 
 
-def find_patch_sources(source: str | Path | Iterable[str | Path]) -> list[PatchSource]:
+PatchSources = str | Path | Iterable[str | Path]
+
+
+def find_patch_sources(source: PatchSources) -> list[PatchSource]:
     """Every labelled subset that a path holds, without reading an image.
 
     Args:
@@ -663,7 +694,7 @@ def _file_source(path: Path) -> PatchSource:
 
 
 def load_patch_sets(
-    source: str | Path | Iterable[str | Path], *, max_pairs: int | None = None, seed: int = 0
+    source: PatchSources, *, max_pairs: int | None = None, seed: int = 0
 ) -> Iterator[PatchPairs]:
     """Loads the subsets that `find_patch_sources` finds, one at a time: what `kglmatch eval` measures.
 

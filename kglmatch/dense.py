@@ -2,70 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kglmatch.errors import KGLMatchError
-from kglmatch.features import Features, to_numpy
-from kglmatch.images import load_image
 from kglmatch.matching import neighbours_within, paired_cosine
-from kglmatch.patches import extract_patches
-
-if TYPE_CHECKING:
-    from kglmatch.matcher import Matcher
 
 STRIDE = 4  # pixels between the places that are described
 
 
-def extract_dense(
-    matcher: Matcher, vis: Features, ir: Any, max_displacement: float | None, *, maps: bool = True
-) -> Features:
-    """Features of an ir image at the places that are most like the visible keypoints.
-
-    Args:
-        matcher: describes the patches.
-        vis: visible features with keypoints.
-        ir: an image as for `Matcher.extract`, nearly registered with the visible one.
-        max_displacement: pixels, at least 4: how far a place may be from its keypoint.
-        maps: as for `Matcher.describe`.
-
-    Returns:
-        `Features` with at most one row a keypoint, in their order; a keypoint has none where no whole
-        patch lies near enough. Which of them are matches, `Matcher.match` says.
+def check_dense(max_displacement: float | None, upright: bool) -> float:
+    """How far dense search looks, pixels.
 
     Raises:
-        KGLMatchError: features in place of an image, no keypoints, a displacement that is out of range.
-        ImageError: unreadable, or smaller than a patch.
+        KGLMatchError: no bound to the search, or turned patches, which it does not know.
     """
-    reach = check_dense(ir, max_displacement)
-    if vis.keypoints is None:
-        raise KGLMatchError("dense search needs visible features with keypoints")
-    image = load_image(ir)
-    # No keypoints: no work, but an error for what is no such image.
-    places = np.empty((0, 2), np.float32)
-    if len(vis) and min(image.shape) >= matcher.config.patch_size:
-        places = search(matcher, vis.keypoints, to_numpy(vis.descriptors), image, reach)
-    return matcher.extract(image, "ir", keypoints=places, maps=maps)
-
-
-def check_dense(ir: Any, max_displacement: float | None) -> float:
-    """Raises `KGLMatchError` unless an ir image can be searched and the displacement bounds the search."""
-    if isinstance(ir, Features):
-        raise KGLMatchError("dense search needs the ir image, not features of it")
     if max_displacement is None or not STRIDE <= max_displacement < np.inf:
         raise KGLMatchError(
             f"dense search needs a max_displacement of at least {STRIDE} pixels, got {max_displacement}"
         )
+    if not upright:
+        raise KGLMatchError("dense search looks at upright patches only")
     return max_displacement
 
 
-def search(
-    matcher: Matcher,
+def find_places(
+    describe: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+    patch_size: int,
     keypoints: NDArray[np.floating],
     descriptors: NDArray[np.float32],
-    image: NDArray[np.float32],
+    shape: tuple[int, ...],
     radius: float,
 ) -> NDArray[np.float32]:
     """The place within `radius` pixels of each keypoint whose descriptor is the nearest.
@@ -74,37 +42,36 @@ def search(
     the similarities of the neighbours in x and in y gives the fraction.
 
     Args:
-        matcher: describes the patches.
+        describe: descriptors (P, D) of the ir patches around places (P, 2), xy pixels.
+        patch_size: pixels.
         keypoints: (N, 2) xy pixels.
         descriptors: (N, D), of the visible image.
-        image: (H, W) grey in [0, 1], the ir one.
+        shape: (H, W) of the ir image.
         radius: pixels.
 
     Returns:
         (K, 2) float32 xy pixels, in the order of the keypoints, of which some may have none.
     """
-    size = matcher.config.patch_size
-    wanted = _lattice_within(keypoints, image.shape, size, radius)
+    wanted = _lattice_within(keypoints, shape, patch_size, radius)
 
-    def describe(cells: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        places = size // 2 + STRIDE * np.argwhere(cells)[:, ::-1]
-        features = matcher.describe(extract_patches(image, places, patch_size=size), "ir", maps=False)
-        return places, to_numpy(features.descriptors)
+    def places_of(cells: NDArray[np.bool_]) -> NDArray[np.int64]:
+        return patch_size // 2 + STRIDE * np.argwhere(cells)[:, ::-1]
 
-    places, there = describe(wanted)
+    places = places_of(wanted)
+    there = describe(places)
     nearest = [np.empty((0, 2), np.int64)]
     for rows_vis, rows_ir in neighbours_within(keypoints, places.astype(np.float64), radius):
         order = np.lexsort((rows_ir, -paired_cosine(descriptors, there, rows_vis, rows_ir), rows_vis))
         first = order[np.unique(rows_vis[order], return_index=True)[1]]
         nearest.append(np.stack([rows_vis[first], rows_ir[first]], axis=1))
     rows_vis, rows_ir = np.concatenate(nearest).T
-    x, y = ((places[rows_ir] - size // 2) // STRIDE + 1).T  # of the lattice with a frame around it
+    x, y = ((places[rows_ir] - patch_size // 2) // STRIDE + 1).T  # of the lattice with a frame around it
     steps = ((1, 0), (0, 1))
     beside = np.zeros(np.add(wanted.shape, 2), bool)
     for dx, dy in steps:
         beside[y + dy, x + dx] = beside[y - dy, x - dx] = True
     beside = beside[1:-1, 1:-1] & ~wanted
-    there = np.concatenate([there, describe(beside)[1]])
+    there = np.concatenate([there, describe(places_of(beside))])
     numbers = np.full(np.add(wanted.shape, 2), -1)
     numbers[1:-1, 1:-1][wanted] = np.arange(len(places))
     numbers[1:-1, 1:-1][beside] = np.arange(len(places), len(there))

@@ -30,20 +30,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kglmatch import __version__
-from kglmatch.backends.onnx import (
+from kglmatch.errors import ExportError, KGLMatchError
+from kglmatch.files import atomic_folder
+from kglmatch.models.config import MAP_CHANNELS, KGLNetConfig
+from kglmatch.models.files import (
+    CARD_FILE,
     CHECKSUMS_FILE,
+    CONFIG_FILE,
     DESCRIPTOR_FILES,
     ENCODER_FILES,
     HEAD_FILE,
     PAIR_FILE,
-    architecture,
 )
-from kglmatch.config import MAP_CHANNELS, KGLNetConfig
-from kglmatch.errors import ExportError, KGLMatchError
-from kglmatch.files import atomic_folder
-from kglmatch.network import FRN, FRN_EPS, TLU, ConvBlock, DescriptorHead, KGLNet, MetricHead
-from kglmatch.pretrained import CARD_FILE, CONFIG_FILE
+from kglmatch.models.network import FRN, FRN_EPS, TLU, ConvBlock, DescriptorHead, KGLNet, MetricHead
+from kglmatch.options import __version__
 
 OPSETS = range(18, 24)
 DEFAULT_OPSET = 23
@@ -194,6 +194,19 @@ class _FRNTLU(nn.Module):
         return torch.maximum(x + self.shift, self.threshold)
 
 
+class _TLU(nn.Module):
+    """``max(x, tau)``: the activation of a metric head without FRN. Shape: (N, C, H, W) -> the same"""
+
+    tau: Tensor
+
+    def __init__(self, activation: TLU, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("tau", activation.tau.detach().to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.maximum(x, self.tau)
+
+
 class _Block(nn.Module):
     """A `ConvBlock` whose input comes divided by `gain_in` (C,), and whose output goes divided by `gain`.
 
@@ -275,13 +288,19 @@ class _Encoder(nn.Module):
         size = net.config.patch_size
         self.stem, size = _blocks(net.stem.select(modality), size, dtype, opset)
         self.descriptor_trunk, _ = _blocks(net.descriptor_trunk.select(modality), size, dtype, opset)
-        self.metric_trunk, _ = _blocks(net.metric_trunk.select(modality), size, dtype, opset)
+        self.metric_trunk = (
+            None
+            if net.metric_trunk is None
+            else _blocks(net.metric_trunk.select(modality), size, dtype, opset)[0]
+        )
         head = cast(DescriptorHead, net.descriptor_head.select(modality))
         self.descriptor_head = _DescriptorHead(head, dtype, opset)
 
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         stem = self.stem(patches)
-        return self.descriptor_head(self.descriptor_trunk(stem)), self.metric_trunk(stem).float()
+        descriptor_map = self.descriptor_trunk(stem)
+        metric_map = descriptor_map if self.metric_trunk is None else self.metric_trunk(stem)
+        return self.descriptor_head(descriptor_map), metric_map.float()
 
 
 class _MetricHead(nn.Module):
@@ -292,11 +311,15 @@ class _MetricHead(nn.Module):
 
     def __init__(self, head: MetricHead, size: int, dtype: torch.dtype, opset: int) -> None:
         super().__init__()
-        self.conv, gain = _fold(head.conv, head.norm, None, dtype)
-        self.norm = _FRNTLU(head.norm, head.activation, gain, size, opset)
-        self.fc1 = nn.Linear(head.fc1.in_features, head.fc1.out_features).requires_grad_(False)
-        self.fc1.weight.copy_(head.fc1.weight.double() * gain.double())
-        self.fc1.bias.copy_(head.fc1.bias)
+        self.norm: nn.Module
+        if head.norm is None:
+            self.conv, self.norm, self.fc1 = head.conv.to(dtype), _TLU(head.activation, dtype), head.fc1
+        else:
+            self.conv, gain = _fold(head.conv, head.norm, None, dtype)
+            self.norm = _FRNTLU(head.norm, head.activation, gain, size, opset)
+            self.fc1 = nn.Linear(head.fc1.in_features, head.fc1.out_features).requires_grad_(False)
+            self.fc1.weight.copy_(head.fc1.weight.double() * gain.double())
+            self.fc1.bias.copy_(head.fc1.bias)
         self.fc2 = head.fc2
         self.register_buffer("fc3_weight", head.fc3.weight[0].clone())
         self.register_buffer("fc3_bias", head.fc3.bias.clone())
@@ -466,7 +489,7 @@ def _sign(model: onnx.ModelProto, file: str, net: KGLNet, dtype: str) -> None:
         weights.update(key.encode() + tensor.float().numpy().tobytes())
     metadata = {
         "kglmatch.graph": file,
-        "kglmatch.architecture": json.dumps(architecture(net.config), sort_keys=True),
+        "kglmatch.architecture": json.dumps(net.config.architecture(), sort_keys=True),
         "kglmatch.weights": weights.hexdigest(),
         "kglmatch.dtype": dtype,
     }

@@ -1,8 +1,11 @@
-"""The results that travel: `Features` of one image or patch set, and `Matches` between two."""
+"""The results that travel: `Features` of one image or patch set, `Matches` between two, and their files."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
+import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +14,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from kglmatch.errors import DataError, KGLMatchError
+from kglmatch.errors import DataError, KGLMatchError, OutputError
 from kglmatch.files import atomic_output
 
 Modality = Literal["vis", "ir"]
 MODALITIES: tuple[str, ...] = get_args(Modality)
+
+MATCH_FORMATS = (".csv", ".json", ".npz")  # of files of matches
 
 # An array of the library that the patches came in (numpy or torch), or of the backend (maps).
 Array = Any
@@ -157,9 +162,7 @@ class Matches:
         Raises:
             OutputError: another ending, or a place that cannot be written.
         """
-        from kglmatch.match_files import save_matches
-
-        save_matches(path, self)
+        _save_matches(path, self)
 
     @classmethod
     def load(cls, path: str | Path) -> Matches:
@@ -194,3 +197,56 @@ def read_npz(path: str | Path, required: set[str]) -> dict[str, NDArray[Any]]:
     if not required <= set(arrays):
         raise DataError(f"{path} lacks {sorted(required - set(arrays))}; it holds {sorted(arrays)}")
     return arrays
+
+
+# --- files of matches -----------------------------------------------------------------------------
+
+
+def check_match_format(path: str | Path) -> None:
+    """Raises `OutputError` unless the file's ending is one of `MATCH_FORMATS`."""
+    if Path(path).suffix.lower() not in MATCH_FORMATS:
+        raise OutputError(
+            f"cannot write matches to {path}: the name must end in one of {', '.join(MATCH_FORMATS)}"
+        )
+
+
+def matches_to_dict(matches: Matches) -> dict[str, Any]:
+    """Plain lists and numbers, as in the `.json` file."""
+    return {
+        f.name: None if (value := getattr(matches, f.name)) is None else value.tolist()
+        for f in dataclasses.fields(matches)
+    }
+
+
+def _csv(matches: Matches) -> str:
+    columns: dict[str, np.ndarray] = {
+        "index_vis": matches.indices[:, 0],
+        "index_ir": matches.indices[:, 1],
+        "score": matches.scores,
+        "distance": matches.distances,
+    }
+    for name, points in (("vis", matches.keypoints_vis), ("ir", matches.keypoints_ir)):
+        if points is not None:
+            columns[f"x_{name}"], columns[f"y_{name}"] = points[:, 0], points[:, 1]
+    if matches.inliers is not None:
+        columns["inlier"] = matches.inliers.astype(int)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+    return text.getvalue()
+
+
+def _save_matches(path: str | Path, matches: Matches) -> None:
+    """Writes matches by the file's ending. Raises `OutputError` where it cannot."""
+    check_match_format(path)
+    suffix = Path(path).suffix.lower()
+    with atomic_output(path) as temporary:
+        if suffix == ".npz":
+            arrays = {f.name: getattr(matches, f.name) for f in dataclasses.fields(matches)}
+            with temporary.open("wb") as file:
+                np.savez(file, **{name: value for name, value in arrays.items() if value is not None})
+        elif suffix == ".json":
+            temporary.write_text(json.dumps(matches_to_dict(matches), indent=1) + "\n", encoding="utf-8")
+        else:
+            temporary.write_text(_csv(matches), encoding="utf-8")

@@ -30,10 +30,7 @@ def logits_of(scores: ArrayLike) -> NDArray[np.float64]:
 
 
 def fit_fusion(distances: ArrayLike, logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """Fits the fusion on labelled pairs of validation data.
-
-    Logistic regression on the two inputs, standardised, by Newton's method; a small ridge (1e-3 of a
-    pair) keeps the answer finite where the two classes can be told apart without a mistake.
+    """Fits the fusion on labelled pairs of validation data; see `_logistic`.
 
     Args:
         distances: (N,) descriptor distances.
@@ -47,32 +44,64 @@ def fit_fusion(distances: ArrayLike, logits: ArrayLike, labels: ArrayLike) -> di
     Raises:
         DataError: shapes differ, values are not finite, or only one class is there.
     """
-    inputs = np.stack(_checked(distances, logits), axis=1)
+    # Clipped as the scores will be that the fusion meets.
+    largest = float(logits_of(1.0))
+    distance, logit = _checked(distances, logits)
+    slopes, bias = _logistic(np.stack([distance, np.clip(logit, -largest, largest)], axis=1), labels)
+    return {"distance": float(slopes[0]), "logit": float(slopes[1]), "bias": bias}
+
+
+def fit_calibration(logits: ArrayLike, labels: ArrayLike) -> tuple[float, float]:
+    """Factor and offset that make the metric head's logits those of a probability (Platt scaling).
+
+    Args:
+        logits: (N,) of the metric head, on validation data.
+        labels: (N,), 1 for matching pairs.
+
+    Raises:
+        DataError: as for `fit_fusion`.
+    """
+    logit, _ = _checked(logits, logits)
+    slopes, bias = _logistic(logit[:, None], labels)
+    return float(slopes[0]), bias
+
+
+def _logistic(inputs: NDArray[np.float64], labels: ArrayLike) -> tuple[NDArray[np.float64], float]:
+    """Logistic regression, in which matching and non-matching pairs weigh the same.
+
+    On standardised inputs, by Newton's method; a small ridge (1e-3 of a pair) keeps the answer finite
+    where the two classes can be told apart without a mistake.
+
+    Args:
+        inputs: (N, K).
+        labels: (N,) of 0 and 1.
+
+    Returns:
+        slopes (K,) and bias.
+    """
     label = np.asarray(labels)
     if label.shape != (len(inputs),) or not np.isin(label, (0, 1)).all():
         raise DataError(f"labels must be ({len(inputs)},) of 0 and 1, got shape {label.shape}")
     if label.all() or not label.any():
         raise DataError("labels must hold both matching (1) and non-matching (0) pairs")
+    matching = float((label == 1).mean())
+    share = np.where(label == 1, 0.5 / matching, 0.5 / (1 - matching))
     mean, spread = inputs.mean(axis=0), inputs.std(axis=0) + 1e-12
     x = np.column_stack([(inputs - mean) / spread, np.ones(len(inputs))])
-    ridge = np.diag([_RIDGE, _RIDGE, 0.0])
-    weights = np.zeros(3)
+    ridge = np.diag([*[_RIDGE] * inputs.shape[1], 0.0])
+    weights = np.zeros(x.shape[1])
     for _ in range(_STEPS):
         p = _sigmoid(x @ weights)
-        gradient = x.T @ (p - label) + ridge @ weights
-        hessian = (x * (p * (1 - p))[:, None]).T @ x + ridge + 1e-12 * np.eye(3)
+        gradient = x.T @ (share * (p - label)) + ridge @ weights
+        hessian = (x * (share * p * (1 - p))[:, None]).T @ x + ridge + 1e-12 * np.eye(len(weights))
         step = np.linalg.solve(hessian, gradient)
         # Newton overshoots where the classes hardly overlap: no step may be longer than this.
         step *= min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-12))
         weights -= step
         if np.abs(step).max() < 1e-9:
             break
-    slopes = weights[:2] / spread
-    return {
-        "distance": float(slopes[0]),
-        "logit": float(slopes[1]),
-        "bias": float(weights[2] - slopes @ mean),
-    }
+    slopes = weights[:-1] / spread
+    return slopes, float(weights[-1] - slopes @ mean)
 
 
 def fuse(distances: ArrayLike, scores: ArrayLike, fusion: Mapping[str, Any]) -> NDArray[np.float64]:

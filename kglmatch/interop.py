@@ -20,7 +20,8 @@ from kglmatch.errors import DataError, KGLMatchError
 from kglmatch.features import Array, Features, Matches, Modality, check_modality, to_numpy
 from kglmatch.files import atomic_output, make_folder
 from kglmatch.images import load_image
-from kglmatch.matcher import DEFAULT_MAX_KEYPOINTS, Matcher
+from kglmatch.matcher import Matcher
+from kglmatch.options import DEFAULT_MAX_KEYPOINTS
 from kglmatch.patches import PATCH_SIZE
 
 FEATURES_FILE = "features.h5"

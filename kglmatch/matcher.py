@@ -1,56 +1,36 @@
-"""`Matcher`: describe patches once, then score and match them as often as needed."""
+"""`Matcher`: the one object that users hold. Loads, saves and exports weights, matches, registers, checks."""
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from kglmatch.config import KGLNetConfig
-from kglmatch.dense import check_dense, extract_dense
-from kglmatch.errors import BackendError, ImageError, KGLMatchError, PatchError
-from kglmatch.features import Array, Features, Matches, Modality, check_modality, to_numpy
-from kglmatch.fusion import fuse
-from kglmatch.geometry import estimate_homography
-from kglmatch.images import load_image
-from kglmatch.keypoints import detect_keypoints, gradient_directions
-from kglmatch.matching import (
-    CHUNK,
-    distance_from_cosine,
-    keep_top_k,
-    neighbours_within,
-    paired_cosine,
-    select_matches,
-    union_of_shortlists,
+from kglmatch.backends.base import Backend, Providers
+from kglmatch.errors import BackendError, KGLMatchError
+from kglmatch.models.card import ModelCard
+from kglmatch.models.files import ModelFiles
+from kglmatch.models.hub import HubOptions, upload
+from kglmatch.models.pretrained import copy_onnx, load_files, resolve, save_card, save_model
+from kglmatch.options import (
+    BACKENDS,
+    DEFAULT_BAND_ROTATION,
+    DEFAULT_BAND_SCALE,
+    DEFAULT_CHECK_DISPLACEMENT,
+    DEFAULT_MAX_ROTATION,
+    DEFAULT_MAX_SCALE,
+    DEFAULT_MODEL,
 )
-from kglmatch.patches import check_patches, extract_patches
+from kglmatch.patch_matcher import PatchMatcher
+from kglmatch.registration.results import BandRegistration, Registration, RegistrationCheck
+from kglmatch.registration.verdict import check, register, register_stack
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from kglmatch.backends.base import Backend, Providers
     from kglmatch.export import ExportReport
-    from kglmatch.hub import HubOptions
-    from kglmatch.model_card import ModelCard
-    from kglmatch.pretrained import ModelFiles
-    from kglmatch.results import BandRegistration, Registration, RegistrationCheck
-
-BACKENDS = ("torch", "onnx")
-DECISIONS = ("fused", "metric", "descriptor")
-DEFAULT_DETECTOR = "structure"  # where a model names none
-DEFAULT_TOP_K = 3
-DEFAULT_MAX_KEYPOINTS = 2048
-DEFAULT_MIN_SCORE = 0.5
-
-Candidates = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]
 
 
-class Matcher:
+class Matcher(PatchMatcher):
     """Matches patches and images of two sensors: "vis" is the visible one, "ir" the other.
 
     The costly part, `describe` (or `extract` for an image), is done once a patch set; `score` and
@@ -68,13 +48,13 @@ class Matcher:
     """
 
     def __init__(self, backend: Backend, source: ModelFiles | None = None) -> None:
-        self.backend = backend
+        super().__init__(backend)
         self.source = source
 
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | Path = "kglnet-vis-nir",
+        name_or_path: str | Path = DEFAULT_MODEL,
         *,
         backend: str = "torch",
         device: str = "auto",
@@ -102,7 +82,7 @@ class Matcher:
             batch_size: patches that go through the network at once; None suits the device.
             providers: of onnxruntime, see `from_onnx`.
             revision, token, cache_dir, local_files_only, force_download, endpoint: how to reach the
-                Hub, see `kglmatch.hub.HubOptions`.
+                Hub, see `kglmatch.models.hub.HubOptions`.
 
         Raises:
             WeightsError: no such model, damaged files, or what went wrong with the Hub.
@@ -120,7 +100,7 @@ class Matcher:
             "endpoint": endpoint,
         }
         if backend == "onnx":
-            from kglmatch.backends.onnx import load_pretrained
+            from kglmatch.onnx_cache import load_pretrained
 
             return cls(
                 load_pretrained(
@@ -135,7 +115,6 @@ class Matcher:
         if providers is not None:
             raise BackendError(f'providers={providers!r} are of onnxruntime: give backend="onnx" with them')
         from kglmatch.backends.torch import TorchBackend
-        from kglmatch.pretrained import load_files, resolve
 
         files = resolve(name_or_path, **hub)
         state, config = load_files(files)
@@ -246,7 +225,7 @@ class Matcher:
         Args:
             repo_id: "owner/name"; made if missing.
             card, half, onnx: as for `save_pretrained`.
-            message, private, revision, token, endpoint: see `kglmatch.hub.upload`.
+            message, private, revision, token, endpoint: see `kglmatch.models.hub.upload`.
 
         Returns:
             the commit's address.
@@ -255,8 +234,6 @@ class Matcher:
             KGLMatchError: as for `save_pretrained`.
             OutputError: no permission, or a Hub that cannot be reached.
         """
-        from kglmatch.hub import upload
-
         with tempfile.TemporaryDirectory() as folder:
             self._save(folder, repo_id, card, half, onnx)
             return upload(
@@ -277,8 +254,6 @@ class Matcher:
         half: bool,
         onnx: str | Path | None,
     ) -> None:
-        from kglmatch.pretrained import copy_onnx, save_card, save_model
-
         # By name: an ONNX matcher must not import torch.
         if self.backend.name != "torch":
             raise KGLMatchError(
@@ -294,268 +269,6 @@ class Matcher:
         if onnx is not None:
             copy_onnx(onnx, folder)
 
-    @property
-    def config(self) -> KGLNetConfig:
-        """The architecture, and the defaults that were measured for these weights."""
-        return self.backend.config
-
-    @property
-    def device(self) -> str:
-        """Where the network runs: "cpu" or "cuda:N"."""
-        return self.backend.device
-
-    def __repr__(self) -> str:
-        backend = self.backend
-        return f"Matcher({backend.name}, device={backend.device!r}, dtype={backend.dtype!r})"
-
-    # --- patches ------------------------------------------------------------------------------
-
-    def describe(
-        self,
-        patches: Array,
-        modality: Modality,
-        *,
-        maps: bool = True,
-        keypoints: NDArray[np.floating] | None = None,
-        image_size: tuple[int, int] | None = None,
-    ) -> Features:
-        """Runs the network over patches of one modality.
-
-        Args:
-            patches: (N, 64, 64) or (N, 1, 64, 64), uint8 or floats in [0, 1], numpy or torch.
-            modality: "vis" or "ir"; each has its own weights.
-            maps: also make the metric maps (64 KiB a patch) that `score` and `match` need.
-            keypoints: (N, 2) xy pixels where the patches come from, kept for the matches.
-            image_size: (width, height) of that image in pixels.
-
-        Returns:
-            `Features` with (N, 128) descriptors, numpy for numpy and torch for torch.
-
-        Raises:
-            PatchError: wrong shape, type or values.
-        """
-        check_modality(modality)
-        patches = check_patches(patches, patch_size=self.config.patch_size)
-        if keypoints is not None:
-            keypoints = np.asarray(keypoints, dtype=np.float32)
-            if keypoints.shape != (len(patches), 2):
-                raise PatchError(f"keypoints must be ({len(patches)}, 2), got {keypoints.shape}")
-        descriptors, metric_maps = self.backend.encode(patches, modality, maps=maps)
-        return Features(descriptors, modality, metric_maps, keypoints, image_size)
-
-    def score(self, vis: Features | Array, ir: Features | Array) -> Array:
-        """Probability that each pair matches, row by row, by the metric head.
-
-        Args:
-            vis, ir: `Features` with maps, or patches as for `describe`; N rows each.
-
-        Returns:
-            (N,) float32 in [0, 1]; torch on the matcher's device if both came as torch, else numpy.
-
-        Raises:
-            KGLMatchError: different lengths, swapped modalities, or features without maps.
-        """
-        features_vis, features_ir = self._features(vis, "vis"), self._features(ir, "ir")
-        if len(features_vis) != len(features_ir):
-            raise KGLMatchError(
-                f"score compares row by row: got {len(features_vis)} visible and {len(features_ir)} ir "
-                "patches; use match() for sets of different size"
-            )
-        scores = self.backend.score(_maps(features_vis), _maps(features_ir))
-        if _is_torch(features_vis.descriptors) and _is_torch(features_ir.descriptors):
-            return sys.modules["torch"].from_numpy(scores).to(self.device)
-        return scores
-
-    def match(
-        self,
-        vis: Features | Array,
-        ir: Features | Array,
-        *,
-        top_k: int | None = DEFAULT_TOP_K,
-        mutual: bool = True,
-        one_to_one: bool = True,
-        min_score: float = DEFAULT_MIN_SCORE,
-        max_displacement: float | None = None,
-        decide: str | None = None,
-    ) -> Matches:
-        """Matches two patch sets: a shortlist by descriptor, the decision by the metric head.
-
-        Args:
-            vis, ir: `Features`, or patches as for `describe`.
-            top_k: candidates that each patch proposes by descriptor distance; None lets the metric
-                head score every pair (slow, in bounded memory).
-            mutual: keep a pair only if each is the other's best; else each visible patch gets its best.
-            one_to_one: an ir patch serves one visible patch at most (implied by `mutual`).
-            min_score: matches below are dropped, in [0, 1].
-            max_displacement: pixels; for registered or nearly registered images, only pairs whose
-                keypoints are so near are candidates. Needs keypoints.
-            decide: "fused", by both answers together (`kglmatch.fusion`, at no extra cost); "metric",
-                by the metric head; or "descriptor", by the descriptors alone (no maps needed; the
-                score is then ``1 - distance / 2``). None takes "fused" where the model carries a
-                fusion, else "metric".
-
-        Returns:
-            `Matches`, best first; empty if nothing matches.
-
-        Raises:
-            KGLMatchError: a parameter out of range, or features that lack what it needs.
-        """
-        decide = self._decision(decide)
-        check_match_parameters(top_k, min_score, max_displacement)
-        maps = decide != "descriptor"
-        features_vis, features_ir = self._features(vis, "vis", maps), self._features(ir, "ir", maps)
-        if maps:
-            _maps(features_vis), _maps(features_ir)  # a clear error before the work
-        if top_k is None and max_displacement is None:
-            candidates = self._every_pair(features_vis, features_ir, decide)
-        else:
-            rows_vis, rows_ir, cosine = self._candidates(features_vis, features_ir, top_k, max_displacement)
-            distances = distance_from_cosine(cosine)
-            scores = self._decide(features_vis, features_ir, rows_vis, rows_ir, distances, decide)
-            candidates = rows_vis, rows_ir, scores, distances
-        rows_vis, rows_ir, scores, distances = candidates
-        chosen = select_matches(rows_vis, rows_ir, scores, distances, mutual=mutual, one_to_one=one_to_one)
-        chosen = chosen[scores[chosen] >= min_score]
-        indices = np.stack([rows_vis[chosen], rows_ir[chosen]], axis=1)
-        return Matches(
-            indices,
-            scores[chosen],
-            distances[chosen],
-            None if features_vis.keypoints is None else features_vis.keypoints[indices[:, 0]],
-            None if features_ir.keypoints is None else features_ir.keypoints[indices[:, 1]],
-        )
-
-    # --- images -------------------------------------------------------------------------------
-
-    def extract(
-        self,
-        image: Any,
-        modality: Modality,
-        *,
-        keypoints: NDArray[np.floating] | None = None,
-        detector: str | None = None,
-        max_keypoints: int = DEFAULT_MAX_KEYPOINTS,
-        maps: bool = True,
-        upright: bool = True,
-    ) -> Features:
-        """Finds keypoints in an image and describes the patches around them.
-
-        Args:
-            image: anything that `kglmatch.images.load_image` reads: a path, PIL image, numpy or
-                torch array of 8 or 16 bits or floats.
-            modality: "vis" or "ir".
-            keypoints: (N, 2) xy pixels to use instead of detecting some.
-            detector: one of `kglmatch.keypoints.DETECTORS`; None takes the model's default, "structure"
-                for the bundled ones.
-            max_keypoints: the strongest so many are kept.
-            maps: as for `describe`.
-            upright: False turns each patch to the main direction of the gradients around its keypoint.
-                That is known up to half a turn, so ir keypoints come twice: all of them, then all of
-                them turned by half a turn. For images turned against each other by 15 degrees or more;
-                costs right matches where they are not (`benchmarks/patch_geometry.py`).
-
-        Returns:
-            `Features` with keypoints in pixels of the original image; empty if it has none.
-
-        Raises:
-            ImageError: unreadable, or smaller than a patch.
-        """
-        check_modality(modality)
-        grey = load_image(image)
-        height, width = grey.shape
-        size = self.config.patch_size
-        check_image_size(grey, size, str(image) if isinstance(image, str | Path) else f"the {modality} image")
-        if keypoints is None:
-            detector = detector or self.config.inference.get("detector", DEFAULT_DETECTOR)
-            keypoints = detect_keypoints(
-                grey,
-                detector=detector,
-                max_keypoints=max_keypoints,
-                border=size // 2 if upright else size / np.sqrt(2),
-            ).xy
-        keypoints, angle = np.asarray(keypoints, dtype=np.float32).reshape(-1, 2), None
-        if not upright:
-            angle = gradient_directions(grey, keypoints)
-            if modality == "ir":
-                keypoints, angle = np.tile(keypoints, (2, 1)), np.concatenate([angle, angle + 180])
-        patches = extract_patches(grey, keypoints, patch_size=size, angle=angle)
-        return self.describe(patches, modality, maps=maps, keypoints=keypoints, image_size=(width, height))
-
-    def match_images(
-        self,
-        vis: Any,
-        ir: Any,
-        *,
-        detector: str | None = None,
-        max_keypoints: int = DEFAULT_MAX_KEYPOINTS,
-        top_k: int | None = DEFAULT_TOP_K,
-        mutual: bool = True,
-        one_to_one: bool = True,
-        min_score: float = DEFAULT_MIN_SCORE,
-        max_displacement: float | None = None,
-        decide: str | None = None,
-        threshold: float = 3.0,
-        dense: bool = False,
-        upright: bool = True,
-    ) -> Matches:
-        """Matches two images and estimates the homography between them.
-
-        Args:
-            vis, ir: images, as for `extract`, or the features that `extract` made of them.
-            detector, max_keypoints, upright: as for `extract`.
-            top_k, mutual, one_to_one, min_score, max_displacement, decide: as for `match`.
-            threshold: pixels; matches farther from the homography are outliers.
-            dense: detect keypoints in the visible image alone, and look for each all over
-                `max_displacement` in the ir image (see `kglmatch.dense`): where detectors do not find
-                the same places in both. `ir` must be an image then, and patches upright. Costs about
-                0.2 R^2 patches a keypoint for R pixels, less where keypoints are dense.
-
-        Returns:
-            `Matches` with keypoints in pixels of the two original images, `homography` (None if fewer
-            than 4 matches agree on one) and `inliers`.
-
-        Raises:
-            ImageError, KGLMatchError: as for `extract` and `match`.
-        """
-        decide = self._decision(decide)
-        check_match_parameters(top_k, min_score, max_displacement)
-        maps = decide != "descriptor"
-
-        def features(image: Any, modality: Modality) -> Features:
-            if isinstance(image, Features):
-                return image
-            return self.extract(
-                image, modality, detector=detector, max_keypoints=max_keypoints, maps=maps, upright=upright
-            )
-
-        if dense:
-            check_dense(ir, max_displacement)
-            if not upright:
-                raise KGLMatchError("dense search looks at upright patches only: leave out upright=False")
-        features_vis = features(vis, "vis")
-        if dense:
-            features_ir = extract_dense(self, features_vis, ir, max_displacement, maps=maps)
-        else:
-            features_ir = features(ir, "ir")
-        if features_vis.keypoints is None or features_ir.keypoints is None:
-            raise KGLMatchError("match_images needs features with keypoints on both sides")
-        matches = self.match(
-            features_vis,
-            features_ir,
-            top_k=top_k,
-            mutual=mutual,
-            one_to_one=one_to_one,
-            min_score=min_score,
-            max_displacement=max_displacement,
-            decide=decide,
-        )
-        homography, inliers = estimate_homography(
-            features_vis.keypoints[matches.indices[:, 0]],
-            features_ir.keypoints[matches.indices[:, 1]],
-            threshold=threshold,
-        )
-        return dataclasses.replace(matches, homography=homography, inliers=inliers)
-
     # --- whole images -------------------------------------------------------------------------
 
     def register(
@@ -563,19 +276,19 @@ class Matcher:
         vis: Any,
         ir: Any,
         *,
-        transform: str = "auto",
+        kind: str = "auto",
         max_displacement: float | None = None,
-        max_rotation: float = 15.0,
-        max_scale: float = 1.25,
+        max_rotation: float = DEFAULT_MAX_ROTATION,
+        max_scale: float = DEFAULT_MAX_SCALE,
     ) -> Registration:
         """Finds the transform between two whole images, and says whether to believe it.
 
         The structure of the images (directions of edges) is searched and refined to a fraction of a
-        pixel; the network judges what was found. See `kglmatch.registration` and `kglmatch.judge`.
+        pixel; the network judges what was found. See `kglmatch.registration`.
 
         Args:
             vis, ir: images, as for `extract`; sizes and resolutions may differ.
-            transform: "translation", "similarity", "affine", "homography", or "auto": the simplest
+            kind: "translation", "similarity", "affine", "homography", or "auto": the simplest
                 that no other clearly beats.
             max_displacement: pixels that the middle of the image may be moved by; None for any shift
                 that leaves a third of the image in common.
@@ -589,19 +302,19 @@ class Matcher:
             ImageError: unreadable, or smaller than a patch.
             KGLMatchError: a parameter out of range.
         """
-        from kglmatch.judge import register
-
         return register(
             self,
-            self._load(vis),
-            self._load(ir),
-            kind=transform,
+            self.load(vis),
+            self.load(ir),
+            kind=kind,
             max_displacement=max_displacement,
             max_rotation=max_rotation,
             max_scale=max_scale,
         )
 
-    def check(self, vis: Any, ir: Any, *, max_displacement: float = 16.0) -> RegistrationCheck:
+    def check(
+        self, vis: Any, ir: Any, *, max_displacement: float = DEFAULT_CHECK_DISPLACEMENT
+    ) -> RegistrationCheck:
         """How well are two images registered that should lie on each other, and where not?
 
         Args:
@@ -615,9 +328,7 @@ class Matcher:
             ImageError: unreadable, smaller than a patch, or of different sizes.
             KGLMatchError: a parameter out of range.
         """
-        from kglmatch.judge import check
-
-        return check(self, self._load(vis), self._load(ir), max_displacement=max_displacement)
+        return check(self, self.load(vis), self.load(ir), max_displacement=max_displacement)
 
     def register_stack(
         self,
@@ -625,10 +336,10 @@ class Matcher:
         bands: Sequence[Any],
         *,
         names: Sequence[str] | None = None,
-        transform: str = "auto",
+        kind: str = "auto",
         max_displacement: float | None = None,
-        max_rotation: float = 5.0,
-        max_scale: float = 1.1,
+        max_rotation: float = DEFAULT_BAND_ROTATION,
+        max_scale: float = DEFAULT_BAND_SCALE,
     ) -> list[BandRegistration]:
         """Registers every band of a multispectral rig to one reference.
 
@@ -639,7 +350,7 @@ class Matcher:
             reference: image, as for `extract`: the "vis" side.
             bands: images: the "ir" side.
             names: of the bands; their positions if None.
-            transform, max_displacement, max_rotation, max_scale: as for `register`.
+            kind, max_displacement, max_rotation, max_scale: as for `register`.
 
         Returns:
             one `BandRegistration` a band, in the order given.
@@ -647,147 +358,13 @@ class Matcher:
         Raises:
             ImageError, KGLMatchError: as for `register`, or names that do not fit the bands.
         """
-        from kglmatch.judge import register_stack
-
         return register_stack(
             self,
-            self._load(reference),
-            [self._load(band) for band in bands],
+            self.load(reference),
+            [self.load(band) for band in bands],
             names=names,
-            kind=transform,
+            kind=kind,
             max_displacement=max_displacement,
             max_rotation=max_rotation,
             max_scale=max_scale,
         )
-
-    def _load(self, image: Any) -> NDArray[np.float32]:
-        grey = load_image(image)
-        name = str(image) if isinstance(image, str | Path) else "the image"
-        check_image_size(grey, self.config.patch_size, name)
-        return grey
-
-    # --- how ----------------------------------------------------------------------------------
-
-    def _features(self, source: Features | Array, modality: Modality, maps: bool = True) -> Features:
-        if not isinstance(source, Features):
-            return self.describe(source, modality, maps=maps)
-        if source.modality != modality:
-            raise KGLMatchError(
-                f'the {modality} side got features of modality "{source.modality}"; the order is vis, ir'
-            )
-        return source
-
-    def _candidates(
-        self, vis: Features, ir: Features, top_k: int | None, max_displacement: float | None
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-        """Pairs worth a decision: rows (P,), (P,) and their descriptors' inner products (P,)."""
-        a, b = to_numpy(vis.descriptors), to_numpy(ir.descriptors)
-        if max_displacement is None:
-            k = len(b) if top_k is None else top_k
-            rows = union_of_shortlists(
-                self.backend.top_k(vis.descriptors, ir.descriptors, k),
-                self.backend.top_k(ir.descriptors, vis.descriptors, k),
-            )
-            return *rows, paired_cosine(a, b, *rows)
-        if vis.keypoints is None or ir.keypoints is None:
-            raise KGLMatchError("max_displacement needs features with keypoints on both sides")
-        found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]] = []
-        for rows_vis, rows_ir in neighbours_within(vis.keypoints, ir.keypoints, max_displacement):
-            found.append((rows_vis, rows_ir, paired_cosine(a, b, rows_vis, rows_ir)))
-        if not found:
-            empty = np.empty(0, np.int64)
-            return empty, empty, np.empty(0, np.float32)
-        rows_vis, rows_ir, cosine = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        if top_k is not None:
-            keep = keep_top_k(rows_vis, cosine, top_k) | keep_top_k(rows_ir, cosine, top_k)
-            rows_vis, rows_ir, cosine = rows_vis[keep], rows_ir[keep], cosine[keep]
-        return rows_vis, rows_ir, cosine
-
-    def _decision(self, decide: str | None) -> str:
-        """What decides, with the model's default filled in."""
-        fusion = self.config.inference.get("fusion")
-        if decide is None:
-            return "metric" if fusion is None else "fused"
-        if decide not in DECISIONS:
-            raise KGLMatchError(f"decide must be one of {DECISIONS}, got {decide!r}")
-        if decide == "fused" and fusion is None:
-            raise KGLMatchError('this model carries no fusion: decide by "metric" or "descriptor"')
-        return decide
-
-    def _decide(
-        self,
-        vis: Features,
-        ir: Features,
-        rows_vis: NDArray[np.int64],
-        rows_ir: NDArray[np.int64],
-        distances: NDArray[np.float32],
-        decide: str,
-    ) -> NDArray[np.float32]:
-        if decide == "descriptor":
-            return np.asarray(1 - distances / 2, dtype=np.float32)
-        if decide == "fused":
-            scores = self.backend.score(_maps(vis), _maps(ir), rows_vis, rows_ir)
-            fused = fuse(distances, scores, self.config.inference["fusion"])
-            return np.asarray(fused, dtype=np.float32)
-        return self.backend.score(_maps(vis), _maps(ir), rows_vis, rows_ir)
-
-    def _every_pair(self, vis: Features, ir: Features, decide: str) -> Candidates:
-        """Scores all N x M pairs by chunks of visible rows, keeping each row's and column's best."""
-        a, b = to_numpy(vis.descriptors), to_numpy(ir.descriptors)
-        kept: list[Candidates] = [_no_candidates()]
-        rows_at_once = max(1, CHUNK // 256 // max(len(b), 1))
-        columns = np.arange(len(b), dtype=np.int64)
-        for start in range(0, len(a) if len(b) else 0, rows_at_once):
-            stop = min(start + rows_at_once, len(a))
-            rows_vis = np.repeat(np.arange(start, stop, dtype=np.int64), len(b))
-            rows_ir = np.tile(columns, stop - start)
-            distances = distance_from_cosine((a[start:stop] @ b.T).ravel())
-            scores = self._decide(vis, ir, rows_vis, rows_ir, distances, decide)
-            # The best by the order of `select_matches`: score, then distance.
-            order = np.lexsort((distances, -scores))
-            best = np.union1d(
-                order[np.unique(rows_vis[order], return_index=True)[1]],
-                order[np.unique(rows_ir[order], return_index=True)[1]],
-            )
-            kept.append((rows_vis[best], rows_ir[best], scores[best], distances[best]))
-        rows_vis, rows_ir, scores, distances = (np.concatenate(p) for p in zip(*kept, strict=True))
-        return rows_vis, rows_ir, scores, distances
-
-
-def check_image_size(image: NDArray[Any], patch_size: int, name: str) -> None:
-    """Raises `ImageError` for an image (H, W) that is smaller than a patch; `name` is what to call it."""
-    height, width = image.shape
-    if min(height, width) < patch_size:
-        raise ImageError(
-            f"{name} is {width} x {height} pixels, smaller than a patch ({patch_size} x {patch_size})"
-        )
-
-
-def check_match_parameters(top_k: int | None, min_score: float, max_displacement: float | None) -> None:
-    """Raises `KGLMatchError` for a parameter of `match` that is out of range."""
-    if top_k is not None and top_k < 1:
-        raise KGLMatchError(f"top_k must be at least 1, or None for every pair, got {top_k}")
-    if not 0 <= min_score <= 1:
-        raise KGLMatchError(f"min_score must be in [0, 1], got {min_score}")
-    if max_displacement is not None and not max_displacement >= 0:
-        raise KGLMatchError(f"max_displacement must be 0 pixels or more, got {max_displacement}")
-
-
-def _maps(features: Features) -> Array:
-    if features.maps is None:
-        raise KGLMatchError(
-            f"the {features.modality} features hold no metric maps: describe them with maps=True, "
-            'or match with decide="descriptor"'
-        )
-    return features.maps
-
-
-def _is_torch(array: Array) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(array, torch.Tensor)
-
-
-def _no_candidates() -> Candidates:
-    rows = np.empty(0, np.int64)
-    values = np.empty(0, np.float32)
-    return rows, rows, values, values

@@ -9,10 +9,9 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from kglmatch.config import KGLNetConfig
 from kglmatch.errors import PatchError
+from kglmatch.options import PATCH_SIZE
 
-PATCH_SIZE = KGLNetConfig().patch_size
 BORDERS = ("replicate", "reflect")
 # How far outside [0, 1] a float may be by rounding.
 TOLERANCE = 1e-6

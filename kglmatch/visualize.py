@@ -14,8 +14,8 @@ from kglmatch.errors import KGLMatchError
 from kglmatch.features import Matches
 from kglmatch.geometry import transform_points
 from kglmatch.images import load_image
+from kglmatch.registration.results import RegistrationCheck
 from kglmatch.resampling import resize_between, shrink
-from kglmatch.results import RegistrationCheck
 
 Picture = NDArray[np.uint8]
 Colour = tuple[int, int, int]

@@ -14,7 +14,7 @@ import pytest
 from conftest import texture
 
 from kglmatch.cli import main
-from kglmatch.pretrained import CONFIG_FILE, WEIGHTS_FILE, weights_root
+from kglmatch.models.files import CONFIG_FILE, WEIGHTS_FILE, weights_root
 
 MODEL = weights_root() / "kglnet-vis-nir"
 
@@ -47,7 +47,7 @@ def no_model(monkeypatch):
     def load(*args, **kwargs):
         pytest.fail("the model was loaded before the mistake was told")
 
-    monkeypatch.setattr("kglmatch.pretrained._read_safetensors", load)
+    monkeypatch.setattr("kglmatch.models.pretrained._read_safetensors", load)
 
 
 def listing(folder):
@@ -370,7 +370,7 @@ def test_a_tampered_bundled_model_is_noticed(folder, model, capsys, monkeypatch)
     data = bytearray(weights.read_bytes())
     data[-100] ^= 1
     weights.write_bytes(data)
-    monkeypatch.setattr("kglmatch.pretrained.weights_root", lambda: root)
+    monkeypatch.setattr("kglmatch.models.pretrained.weights_root", lambda: root)
     assert "checksum" in message(capsys, folder, ["match", "vis.png", "ir.png", "-o", "m.png"])
     assert "checksum" in message(capsys, folder, ["info", "kglnet-vis-nir"])
 
@@ -388,9 +388,9 @@ class Malicious:
 def test_checkpoints_that_do_not_fit(folder, capsys):
     import torch
 
-    from kglmatch.config import KGLNetConfig
-    from kglmatch.convert import published_names
-    from kglmatch.network import KGLNet
+    from kglmatch.models.config import KGLNetConfig
+    from kglmatch.models.convert import published_names
+    from kglmatch.models.network import KGLNet
 
     state = KGLNet(KGLNetConfig()).state_dict()
     net, metric = ({theirs: state[ours] for ours, theirs in names.items()} for names in published_names())

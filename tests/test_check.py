@@ -14,7 +14,7 @@ import kglmatch.commands.check as command
 from kglmatch.cli import main
 from kglmatch.errors import KGLMatchError
 from kglmatch.images import read_image_raw
-from kglmatch.results import RegistrationCheck
+from kglmatch.registration.results import RegistrationCheck
 from kglmatch.visualize import draw_displacement
 
 WIDTH, HEIGHT = 256, 200

@@ -67,8 +67,13 @@ def test_choices_and_defaults_are_those_of_the_library():
     from kglmatch.backends.torch import DTYPES
     from kglmatch.commands import common
     from kglmatch.keypoints import DETECTORS
-    from kglmatch.matcher import DECISIONS, DEFAULT_MAX_KEYPOINTS, DEFAULT_MIN_SCORE, DEFAULT_TOP_K
-    from kglmatch.pretrained import DEFAULT_MODEL
+    from kglmatch.options import (
+        DECISIONS,
+        DEFAULT_MAX_KEYPOINTS,
+        DEFAULT_MIN_SCORE,
+        DEFAULT_MODEL,
+        DEFAULT_TOP_K,
+    )
 
     args = build_parser().parse_args(["match", "a", "b"])
     assert (args.max_keypoints, args.top_k, args.min_score, args.model) == (
@@ -368,9 +373,9 @@ def published(tmp_path):
     """A checkpoint pair of random weights under the published names."""
     import torch
 
-    from kglmatch.config import KGLNetConfig
-    from kglmatch.convert import published_names
-    from kglmatch.network import KGLNet
+    from kglmatch.models.config import KGLNetConfig
+    from kglmatch.models.convert import published_names
+    from kglmatch.models.network import KGLNet
 
     torch.manual_seed(0)
     state = KGLNet(KGLNetConfig()).state_dict()
@@ -385,7 +390,7 @@ def published(tmp_path):
 def test_convert_makes_a_model_folder(published, tmp_path, capsys, exact):
     import torch
 
-    from kglmatch.pretrained import load_model
+    from kglmatch.models.pretrained import load_model
 
     paths, state = published
     folder = tmp_path / "model"

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from conftest import other_sensor, texture
 
-from kglmatch import consensus, judge
 from kglmatch.geometry import corner_error, similarity_about
+from kglmatch.registration import from_matches as consensus
+from kglmatch.registration import verdict as judge
 
 SIZE = (256, 224)
 CENTRE = (127.5, 111.5)
@@ -35,8 +36,8 @@ def test_matches_agree_on_the_transform(matcher, scene):
     true = similarity_about(5, 1.08, CENTRE, (135.0, 106.0))
     found = consensus.align_by_matches(matcher, scene, moved(scene, true))
     assert corner_error(found.transform, true, SIZE) < 2
-    assert found.matched >= 20
-    assert judge.give_verdict(0.0, 0.9, found.matched) == "registered"
+    assert found.num_matches >= 20
+    assert judge.give_verdict(0.0, 0.9, found.num_matches) == "registered"
 
 
 def test_a_transform_outside_the_limits_is_not_taken(matcher, scene):
@@ -65,12 +66,12 @@ def test_matches_decide_where_structure_fails(matcher, scene, monkeypatch):
     ir = moved(scene, true)
     monkeypatch.setattr(judge, "align", lambda *images, **limits: [])
     monkeypatch.setattr(consensus, "refine", lambda *images, **options: None)  # no windows that fit
-    found = matcher.register(scene, ir, transform="translation")
+    found = matcher.register(scene, ir, kind="translation")
     assert found.verdict == "registered" and found.confidence > 0.5
     assert found.kind == "translation" and found.support == 0
-    assert found.matched >= 20 and found.inliers.sum() >= 20
+    assert found.num_matches >= 20 and found.inliers.sum() >= 20
     assert corner_error(found.transform, true, SIZE) < 0.5
-    assert found.to_dict()["matched"] == found.matched
+    assert found.to_dict()["num_matches"] == found.num_matches
 
 
 def test_structure_may_not_lead_away_from_the_matches(matcher, scene, monkeypatch):

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from kglmatch import Matcher
-from kglmatch.config import KGLNetConfig
-from kglmatch.convert import convert_published, published_names
 from kglmatch.errors import WeightsError
-from kglmatch.network import KGLNet
-from kglmatch.pretrained import save_model
+from kglmatch.models.config import KGLNetConfig
+from kglmatch.models.convert import convert_published, published_names
+from kglmatch.models.network import KGLNet
+from kglmatch.models.pretrained import save_model
 
 Tensors = dict[str, torch.Tensor]
 

@@ -232,7 +232,7 @@ def test_partners_are_never_nearly_the_same_place() -> None:
 def test_partners_are_spread_evenly() -> None:
     points = np.stack([40 + 10 * np.arange(8), np.full(8, 60)], axis=1)
     draws = [
-        datasets._draw_partners(points, np.zeros(8, np.int64), np.random.RandomState(seed), "x")
+        datasets.draw_partners(points, np.zeros(8, np.int64), np.random.RandomState(seed), "x")
         for seed in range(350)
     ]
     counts = np.bincount(np.stack(draws)[:, 0], minlength=8)

@@ -11,10 +11,15 @@ from conftest import other_sensor, texture
 
 from kglmatch import KGLMatchError
 from kglmatch.cli import main
-from kglmatch.dense import STRIDE, extract_dense
+from kglmatch.dense import STRIDE
 from kglmatch.errors import ImageError
 
 SHIFT = np.array([5.4, -3.7])
+
+
+def extract_dense(matcher, vis, ir, reach, *, maps=True):
+    """The ir side of `extract_pair`, given visible features."""
+    return matcher.extract_pair(vis, ir, dense=True, max_displacement=reach, maps=maps)[1]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import pytest
 import kglmatch.cli
 import kglmatch.export
 import kglmatch.keypoints
-import kglmatch.matcher
+import kglmatch.patch_matcher
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -65,7 +65,7 @@ def checkout(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reques
     def detect_few(*args, max_keypoints: int = FEW_KEYPOINTS, **options):
         return detect(*args, max_keypoints=min(max_keypoints, FEW_KEYPOINTS), **options)
 
-    monkeypatch.setattr(kglmatch.matcher, "detect_keypoints", detect_few)
+    monkeypatch.setattr(kglmatch.patch_matcher, "detect_keypoints", detect_few)
     if any("export_onnx(" in text for _, text in blocks(page, "python")):
         exported = request.getfixturevalue("exported")
 

@@ -11,22 +11,24 @@ import cv2
 import numpy as np
 import pytest
 
-from kglmatch import evaluation, metrics, peers
 from kglmatch.cli import main
 from kglmatch.datasets import PatchPairs, save_patch_npz
 from kglmatch.errors import ConfigError, DataError, KGLMatchError, OutputError
-from kglmatch.evaluation import (
+from kglmatch.evaluation import baselines as peers
+from kglmatch.evaluation import metrics
+from kglmatch.evaluation import patches as evaluation
+from kglmatch.evaluation.patches import (
     ROC_GRID,
     MethodFigures,
     PatchReport,
     SubsetReport,
     evaluate_patches,
-    evaluate_registration,
     score_pairs,
 )
+from kglmatch.evaluation.registration import evaluate_registration
+from kglmatch.evaluation.roc_plot import draw_roc, save_roc
 from kglmatch.features import Features, Matches
 from kglmatch.fusion import fit_fusion, fuse, logits_of
-from kglmatch.roc_plot import draw_roc, save_roc
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 WEIGHTS = Path(__file__).parents[1] / "weights" / "kglnet-vis-nir" / "model.safetensors"

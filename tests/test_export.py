@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from kglmatch import export
-from kglmatch.backends.onnx import DESCRIPTOR_FILES, ENCODER_FILES, HEAD_FILE, PAIR_FILE, OnnxBackend
+from kglmatch.backends.onnx import OnnxBackend
 from kglmatch.cli import main
-from kglmatch.config import SPLITS, KGLNetConfig
 from kglmatch.errors import ExportError, KGLMatchError, OutputError
 from kglmatch.export import CHECKED_N, Parity, example_patches, export_onnx
 from kglmatch.matcher import Matcher
-from kglmatch.network import FRN, KGLNet
+from kglmatch.models.config import SPLITS, KGLNetConfig
+from kglmatch.models.files import DESCRIPTOR_FILES, ENCODER_FILES, HEAD_FILE, PAIR_FILE
+from kglmatch.models.network import FRN, KGLNet
 
 GRAPHS = (*ENCODER_FILES.values(), *DESCRIPTOR_FILES.values(), HEAD_FILE, PAIR_FILE)
 SMALL = KGLNetConfig(patch_size=16, descriptor_dim=32)

@@ -20,16 +20,12 @@ from hub_server import OUTSIDER, TOKEN, HubServer, Repo, sha256
 from huggingface_hub import ModelCard as HubCard
 from huggingface_hub import constants
 
-from kglmatch import Matcher, hub
+from kglmatch import Matcher
 from kglmatch.errors import ConfigError, KGLMatchError, OutputError, WeightsError
-from kglmatch.pretrained import (
-    DEFAULT_MODEL,
-    load_config,
-    load_model,
-    resolve,
-    resolve_onnx,
-    weights_root,
-)
+from kglmatch.models import hub
+from kglmatch.models.files import CHECKSUMS_FILE, GRAPH_FILES, weights_root
+from kglmatch.models.pretrained import load_config, load_model, resolve, resolve_onnx
+from kglmatch.options import DEFAULT_MODEL
 
 REPO = "owner/name"
 WEIGHTS = "model.safetensors"
@@ -210,7 +206,7 @@ def test_offline_variable(server, options, monkeypatch):
 def test_environment_variables(server, tmp_path):
     """HF_ENDPOINT names a mirror, HF_HOME the cache, HF_HUB_OFFLINE stays with it."""
     script = (
-        "import sys; from kglmatch.pretrained import resolve\n"
+        "import sys; from kglmatch.models.pretrained import resolve\n"
         "try: print(resolve(sys.argv[1]).commit)\n"
         "except ValueError as error: print(error)\n"
     )
@@ -395,7 +391,7 @@ def test_cut_again_and_again(server, options, files, monkeypatch):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system cannot kill a process at once")
 def test_process_killed_in_mid_file(server, options, files):
     server.stall_after = 6000
-    script = "import sys; from kglmatch.hub import download; download(sys.argv[1], sys.argv[2:])"
+    script = "import sys; from kglmatch.models.hub import download; download(sys.argv[1], sys.argv[2:])"
     variables = {"HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(options["cache_dir"])}
     command = [sys.executable, "-c", script, REPO, "config.json", WEIGHTS]
     with subprocess.Popen(command, env=environment(**variables), stderr=subprocess.DEVNULL) as process:
@@ -456,7 +452,7 @@ def test_info_says_that_a_model_is_from_the_hub(server, tmp_path, real_files):
 
 def test_onnx_graphs(server, options, files, tmp_path):
     onnx = pytest.importorskip("kglmatch.backends.onnx", reason="onnxruntime is not installed")
-    graphs = {f"onnx/{name}": name.encode() for name in (*onnx.NEEDED_FILES, onnx.CHECKSUMS_FILE)}
+    graphs = {f"onnx/{name}": name.encode() for name in (*GRAPH_FILES, CHECKSUMS_FILE)}
     server.add("owner/graphs", {**files, **graphs})
     folder = resolve_onnx("owner/graphs", **options)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
@@ -508,7 +504,7 @@ def test_push_with_onnx_graphs(server, matcher, options, tmp_path):
     onnx = pytest.importorskip("kglmatch.backends.onnx", reason="onnxruntime is not installed")
     with pytest.raises(WeightsError, match="unknown model"):
         matcher.push_to_hub("owner/new", token=TOKEN, endpoint=server.url, onnx=tmp_path / "nowhere")
-    graphs = {name: name.encode() for name in (*onnx.NEEDED_FILES, onnx.CHECKSUMS_FILE)}
+    graphs = {name: name.encode() for name in (*GRAPH_FILES, CHECKSUMS_FILE)}
     (tmp_path / "graphs").mkdir()
     for name, content in graphs.items():
         (tmp_path / "graphs" / name).write_bytes(content)

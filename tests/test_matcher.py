@@ -101,7 +101,7 @@ def test_match_finds_the_pairs(matcher, features, decide, top_k):
 
 def test_scoring_every_pair_in_chunks_equals_at_once(matcher, features, monkeypatch):
     whole = matcher.match(*features, top_k=None, min_score=0)
-    monkeypatch.setattr("kglmatch.matcher.CHUNK", 256 * 30)  # three rows at a time
+    monkeypatch.setattr("kglmatch.patch_matcher.CHUNK", 256 * 30)  # three rows at a time
     parts = matcher.match(*features, top_k=None, min_score=0)
     assert np.array_equal(whole.indices, parts.indices)
 

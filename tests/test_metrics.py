@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kglmatch import metrics
 from kglmatch.errors import DataError
+from kglmatch.evaluation import metrics
 
 PARITY = Path(__file__).parents[2] / "shared" / "parity" / "fpr95.npz"
 

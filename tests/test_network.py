@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kglmatch.config import SPLITS, KGLNetConfig
-from kglmatch.convert import convert_published
-from kglmatch.network import ECA, FRN, TLU, KGLNet, conv_blocks, normalize_activate
+from kglmatch.models.config import SPLITS, KGLNetConfig
+from kglmatch.models.convert import convert_published
+from kglmatch.models.network import ECA, FRN, TLU, KGLNet, conv_blocks, normalize_activate
 
 ARCHITECTURES = list(itertools.product((True, False), (True, False), SPLITS))
 

@@ -24,9 +24,6 @@ from kglmatch.backends.onnx import (
     CPU,
     CUDA,
     CUDA_OPTIONS,
-    DESCRIPTOR_FILES,
-    HEAD_FILE,
-    NEEDED_FILES,
     TENSORRT,
     DeviceMaps,
     OnnxBackend,
@@ -35,6 +32,7 @@ from kglmatch.backends.onnx import (
     gather_graph,
 )
 from kglmatch.errors import BackendError, ConfigError, KGLMatchError, WeightsError
+from kglmatch.models.files import DESCRIPTOR_FILES, HEAD_FILE, GRAPH_FILES
 from kglmatch.patches import extract_patches
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -482,7 +480,7 @@ def test_what_is_no_folder_of_graphs(exported, tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("file", NEEDED_FILES)
+@pytest.mark.parametrize("file", GRAPH_FILES)
 def test_a_missing_file(folder, file):
     (folder / file).unlink()
     with pytest.raises(WeightsError, match=f"it lacks {file};"):

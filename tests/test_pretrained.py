@@ -13,22 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kglmatch import Matcher, pretrained
-from kglmatch.config import KGLNetConfig
+from kglmatch import Matcher
 from kglmatch.errors import ConfigError, KGLMatchError, OutputError, WeightsError
-from kglmatch.model_card import ModelCard, Result
-from kglmatch.network import KGLNet
-from kglmatch.pretrained import (
-    CHECKSUMS_COMMAND,
-    CHECKSUMS_FILE,
-    DEFAULT_MODEL,
-    list_pretrained,
-    load_config,
-    load_model,
-    resolve,
-    save_model,
-    weights_root,
-)
+from kglmatch.models import pretrained
+from kglmatch.models.card import ModelCard, Result
+from kglmatch.models.config import KGLNetConfig
+from kglmatch.models.files import CHECKSUMS_FILE, list_pretrained, weights_root
+from kglmatch.models.network import KGLNet
+from kglmatch.models.pretrained import CHECKSUMS_COMMAND, load_config, load_model, resolve, save_model
+from kglmatch.options import DEFAULT_MODEL
 
 
 @pytest.fixture

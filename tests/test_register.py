@@ -18,7 +18,7 @@ from kglmatch.cli import build_parser, main
 from kglmatch.errors import ImageError, KGLMatchError, OutputError
 from kglmatch.geometry import TRANSFORMS, corner_error, transform_points
 from kglmatch.images import read_image_raw
-from kglmatch.registration_files import (
+from kglmatch.registration.files import (
     NO_MAP,
     MapFrame,
     read_map_frame,
@@ -26,7 +26,8 @@ from kglmatch.registration_files import (
     save_stack,
     save_yml,
 )
-from kglmatch.results import BandRegistration, Registration, warp_image
+from kglmatch.registration.results import BandRegistration, Registration
+from kglmatch.resampling import warp_image
 from kglmatch.visualize import draw_overlay
 
 WIDTH, HEIGHT = 256, 200
@@ -65,7 +66,7 @@ def made_up(verdict="registered", transform=TRUE):
         inliers=np.array([True, True, True, True, False]),
         support=1.0,
         agreement=0.9,
-        matched=0,
+        num_matches=0,
         vis_size=(WIDTH, HEIGHT),
         ir_size=(WIDTH, HEIGHT),
     )
@@ -250,7 +251,7 @@ def test_nodata_does_not_mix_into_the_image(tmp_path, stub):
         (("--max-rotation", "200"), "[0, 180]"),
         (("--max-scale", "0.5"), "[1, 4]"),
         (("--max-displacement", "-1"), "at least 0"),
-        (("--transform", "rigid"), "invalid choice"),
+        (("--kind", "rigid"), "invalid choice"),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, options, words):
@@ -301,7 +302,7 @@ def test_choices_and_defaults_are_those_of_the_library():
         rig["max_scale"].default,
     ) == (command.RIG_MAX_ROTATION, command.RIG_MAX_SCALE)
     args = build_parser().parse_args(["register", "a", "b"])
-    assert args.transform == pair["transform"].default == "auto"
+    assert args.kind == pair["kind"].default == "auto"
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from conftest import other_sensor, texture
 
-from kglmatch import judge, registration, structure, surfaces
 from kglmatch.errors import ImageError, KGLMatchError
 from kglmatch.geometry import (
     TRANSFORMS,
@@ -18,7 +17,10 @@ from kglmatch.geometry import (
     transform_jacobian,
     transform_points,
 )
-from kglmatch.results import warp_image
+from kglmatch.registration import align as registration
+from kglmatch.registration import structure, surfaces
+from kglmatch.registration import verdict as judge
+from kglmatch.resampling import warp_image
 
 
 def shifted(image, dx, dy):
@@ -93,7 +95,7 @@ def test_climb_finds_the_transform_that_made_the_surfaces(kind):
     at[::4] = rng.uniform(-8, 8, at[::4].shape)  # a quarter of the windows are wrong
     made = surfaces.standardise(np.stack([bump(a) for a in at]))
     levels = [surfaces.smooth(made, sigma) for sigma in (2.0, 0.5)]
-    found = surfaces.climb(levels, centres, kind, np.eye(3))
+    found = surfaces.maximise_votes(levels, centres, kind, np.eye(3))
     assert corner_error(found, true, (440, 320)) < 0.5
 
 
@@ -229,7 +231,7 @@ def test_warping_in_tiles_is_warping(monkeypatch):
     transform = similarity_about(8, 1.1, (44.5, 34.5), (46.0, 30.0))
     transform[2, :2] = 1e-4, -2e-4
     whole = warp_image(image, transform, (100, 80), nodata=-1)
-    monkeypatch.setattr("kglmatch.results._TILE", 32)
+    monkeypatch.setattr("kglmatch.resampling._TILE", 32)
     tiles = warp_image(image, transform, (100, 80), nodata=-1)
     assert np.array_equal(whole == -1, tiles == -1) and 0 < (whole == -1).mean() < 0.5
     assert np.abs(whole - tiles).max() < 0.02

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from kglmatch.backends.torch import TorchBackend, choose_device
-from kglmatch.config import KGLNetConfig
 from kglmatch.errors import BackendError, KGLMatchError
-from kglmatch.network import KGLNet
+from kglmatch.models.config import KGLNetConfig
+from kglmatch.models.network import KGLNet
 
 CONFIG = KGLNetConfig(patch_size=16)
 

@@ -13,8 +13,8 @@ from thin_network import make_thin, write_image_pairs
 
 from kglmatch import training
 from kglmatch.cli import main
-from kglmatch.config import KGLNetConfig
 from kglmatch.errors import ConfigError
+from kglmatch.models.config import KGLNetConfig
 from kglmatch.training import Augmentation, TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kglmatch.config import SPLITS, KGLNetConfig
-from kglmatch.convert import convert_published, published_names
-from kglmatch.network import KGLNet
+from kglmatch.models.config import SPLITS, KGLNetConfig
+from kglmatch.models.convert import convert_published, published_names
+from kglmatch.models.network import KGLNet
 from kglmatch.training import Batch, StepLosses, TrainingConfig, losses, mining, objective
 
 PAPER = TrainingConfig(data="unused")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from thin_network import make_thin, write_image_pairs
 
-from kglmatch.config import KGLNetConfig
 from kglmatch.errors import ConfigError
-from kglmatch.network import KGLNet
+from kglmatch.models.config import KGLNetConfig
+from kglmatch.models.network import KGLNet
 from kglmatch.training import PatchSampler, Trainer, TrainingConfig, objective
 from kglmatch.training.data import load_training_data
 from kglmatch.training.parallel import ALONE, Processes, join_processes, leave_processes, share_batch_norm

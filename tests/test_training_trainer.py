@@ -17,8 +17,8 @@ import torch
 from thin_network import make_thin, write_image_pairs
 
 from kglmatch import Matcher
-from kglmatch.config import KGLNetConfig
 from kglmatch.errors import BackendError, ConfigError, DataError, OutputError, WeightsError
+from kglmatch.models.config import KGLNetConfig
 from kglmatch.training import Augmentation, StepLosses, Trainer, TrainingConfig, rate_factor, validate
 from kglmatch.training import trainer as trainer_module
 from kglmatch.training.run_folder import RunFolder, load_checkpoint

@@ -22,10 +22,10 @@ CHANNELS = (4, 4, 8, 8, 8, 8, 16, 16)
 
 def make_thin(patch: pytest.MonkeyPatch) -> None:
     """Lets every network made from now on be thin."""
-    import kglmatch.network
+    import kglmatch.models.network
 
-    patch.setattr(kglmatch.network, "BLOCK_CHANNELS", CHANNELS)
-    patch.setattr(kglmatch.network, "MAP_CHANNELS", CHANNELS[-1])
+    patch.setattr(kglmatch.models.network, "BLOCK_CHANNELS", CHANNELS)
+    patch.setattr(kglmatch.models.network, "MAP_CHANNELS", CHANNELS[-1])
 
 
 def write_image_pairs(folder: Path, count: int = 4) -> None:

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kglmatch.config import KGLNetConfig
 from kglmatch.features import Array, Modality
+from kglmatch.models.config import KGLNetConfig
 
 # Execution providers of onnxruntime by rank, as it takes them; None or "auto" goes by the device.
 Providers = str | Sequence[str | tuple[str, Mapping[str, Any]]] | None

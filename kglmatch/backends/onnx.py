@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -20,23 +19,21 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from kglmatch import __version__
 from kglmatch.backends.base import Providers
-from kglmatch.config import MAP_CHANNELS, KGLNetConfig
-from kglmatch.errors import BackendError, KGLMatchError, OutputError, WeightsError
+from kglmatch.errors import BackendError, KGLMatchError, WeightsError
 from kglmatch.features import Array, Modality, to_numpy
-from kglmatch.files import make_folder
-from kglmatch.hub import HubOptions
 from kglmatch.matching import top_k_rows
-from kglmatch.pretrained import CONFIG_FILE, ModelFiles, resolve, resolve_onnx
+from kglmatch.models.config import MAP_CHANNELS, KGLNetConfig
+from kglmatch.models.files import (
+    CHECKSUMS_FILE,
+    CONFIG_FILE,
+    DESCRIPTOR_FILES,
+    ENCODER_FILES,
+    GRAPH_FILES,
+    HEAD_FILE,
+    read_bytes,
+)
 from kglmatch.progress import steps
-
-ENCODER_FILES = {"vis": "encoder_vis.onnx", "ir": "encoder_ir.onnx"}
-DESCRIPTOR_FILES = {"vis": "descriptor_vis.onnx", "ir": "descriptor_ir.onnx"}
-HEAD_FILE = "metric_head.onnx"
-PAIR_FILE = "pair_score.onnx"
-CHECKSUMS_FILE = "SHA256SUMS"
-NEEDED_FILES = (CONFIG_FILE, *ENCODER_FILES.values(), *DESCRIPTOR_FILES.values(), HEAD_FILE)
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -65,13 +62,6 @@ _LOAD_ERRORS = (
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)
-
-
-def architecture(config: KGLNetConfig) -> dict[str, Any]:
-    """What of a configuration decides the network's numbers; a graph is of one such architecture."""
-    values = dataclasses.asdict(config)
-    del values["inference"]
-    return values
 
 
 class OnnxBackend:
@@ -198,71 +188,6 @@ class OnnxBackend:
 
     def top_k(self, a: Array, b: Array, k: int) -> NDArray[np.int64]:
         return top_k_rows(to_numpy(a), to_numpy(b), k)
-
-
-def load_pretrained(
-    name: str | Path,
-    hub: HubOptions,
-    *,
-    providers: Providers,
-    device: str,
-    dtype: str | None,
-    batch_size: int | None,
-) -> OnnxBackend:
-    """The graphs of a model: those that lie with it, or else made once by PyTorch and kept in the cache.
-
-    Args:
-        name, hub: as for `kglmatch.pretrained.resolve`. The cache is `kglmatch-onnx` in its `cache_dir`,
-            else in XDG_CACHE_HOME or ~/.cache.
-        dtype: "float32" or "float16"; None takes the graphs as they are, or what suits the device.
-
-    Raises:
-        WeightsError, ConfigError, BackendError: as for `OnnxBackend`; no such model; a precision that
-            the graphs do not have; graphs that are to be made where PyTorch is not installed.
-    """
-    if dtype not in (None, "float32", "float16"):
-        raise BackendError(f'dtype must be "float32" or "float16" for ONNX, got {dtype!r}')
-    (first, _), *_ = choose_providers(providers, device)[0]
-    try:
-        folder = resolve_onnx(name, **hub)
-    except WeightsError:
-        half = dtype == "float16" or (dtype is None and first in DEVICE_MEMORY)
-        folder = _exported(resolve(name, **hub), hub.get("cache_dir"), half)
-    backend = OnnxBackend(folder, providers=providers, device=device, batch_size=batch_size)
-    if dtype not in (None, backend.dtype):
-        raise BackendError(
-            f"dtype={dtype!r} was asked for, but the graphs in {folder} are in {backend.dtype}; "
-            "kglmatch export --onnx writes either"
-        )
-    return backend
-
-
-def _exported(files: ModelFiles, cache_dir: str | Path | None, half: bool) -> Path:
-    """The cache's folder with the graphs of a model, exported now if they are not there."""
-    content = _read(files.weights) + _read(files.config) + __version__.encode()
-    kind = "float16" if half else "float32"
-    cache = Path(cache_dir or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kglmatch-onnx"
-    folder = cache / f"{hashlib.sha256(content).hexdigest()[:16]}-{kind}"
-    if folder.is_dir():
-        return folder
-    try:
-        from kglmatch.export import export_onnx
-        from kglmatch.pretrained import load_files
-    except ImportError as error:
-        raise BackendError(
-            f"{files.name} has no ONNX graphs yet, and making them needs PyTorch and onnx ({error}): run "
-            "kglmatch export --onnx where they are installed, and load the folder by Matcher.from_onnx"
-        ) from error
-    logger.info("exporting %s to %s", files.name, folder)
-    make_folder(cache)
-    state, config = load_files(files)
-    try:
-        export_onnx(state, config, folder, name=files.name, half=half)
-    except OutputError:
-        if not folder.is_dir():
-            raise
-        # Another process was faster.
-    return folder
 
 
 # --- host and device memory -----------------------------------------------------------------------
@@ -554,7 +479,7 @@ def _check_folder(folder: Path) -> None:
     """Raises `WeightsError` unless the folder holds every file, each with its checksum."""
     if not folder.is_dir():
         raise WeightsError(f"{folder} is not a folder; expected one that kglmatch export --onnx wrote")
-    missing = [file for file in NEEDED_FILES if not (folder / file).is_file()]
+    missing = [file for file in GRAPH_FILES if not (folder / file).is_file()]
     if missing:
         raise WeightsError(
             f"{folder} is not a folder of exported graphs: it lacks {', '.join(missing)}; "
@@ -563,20 +488,13 @@ def _check_folder(folder: Path) -> None:
     sums = folder / CHECKSUMS_FILE
     if not sums.is_file():
         return  # the graphs were handed on without it
-    lines = _read(sums).decode("utf-8", errors="replace").splitlines()
-    for file in NEEDED_FILES[1:]:
-        if f"{hashlib.sha256(_read(folder / file)).hexdigest()}  {file}" not in lines:
+    lines = read_bytes(sums).decode("utf-8", errors="replace").splitlines()
+    for file in GRAPH_FILES[1:]:
+        if f"{hashlib.sha256(read_bytes(folder / file)).hexdigest()}  {file}" not in lines:
             raise WeightsError(
                 f"{folder / file} is damaged or of another export (its checksum is not that in "
                 f"{CHECKSUMS_FILE}): copy or export it again"
             )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _threads() -> int:
@@ -641,7 +559,7 @@ def _check_graph(session: Session, path: Path, config: KGLNetConfig) -> tuple[st
         raise WeightsError(f"{path} is not a graph that kglmatch export --onnx wrote") from error
     if file != path.name:
         raise WeightsError(f"{path} is {file} under another name; give it its own, or export again")
-    for key, value in architecture(config).items():
+    for key, value in config.architecture().items():
         if exported.get(key) != value:
             raise WeightsError(
                 f"{path} does not fit {CONFIG_FILE}: {key} is {exported.get(key)!r} in the graph and "

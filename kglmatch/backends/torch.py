@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kglmatch.config import KGLNetConfig
 from kglmatch.errors import BackendError, KGLMatchError
 from kglmatch.features import Array, Modality, to_numpy
 from kglmatch.matching import CHUNK
-from kglmatch.network import KGLNet
+from kglmatch.models.config import KGLNetConfig
+from kglmatch.models.network import KGLNet
 from kglmatch.progress import steps
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

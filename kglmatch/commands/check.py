@@ -20,7 +20,7 @@ from kglmatch.commands.common import (
 )
 
 if TYPE_CHECKING:
-    from kglmatch.results import RegistrationCheck
+    from kglmatch.registration.results import RegistrationCheck
 
 # As in `Matcher.check`, which is too heavy to import for --help.
 MAX_DISPLACEMENT = 16.0
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         )
     check_outputs({"-o": args.output}, (args.vis, args.ir))
     matcher = load_matcher(args)
-    from kglmatch.matcher import check_image_size
+    from kglmatch.patch_matcher import check_image_size
 
     for path, image in ((args.vis, vis), (args.ir, ir)):
         check_image_size(image, matcher.config.patch_size, str(path))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kglmatch.commands.common import output_path
-from kglmatch.config import IR_KINDS, KGLNetConfig
+from kglmatch.models.config import IR_KINDS, KGLNetConfig
 
 
 def add_parser(subparsers: Any) -> None:
@@ -45,10 +45,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    from kglmatch.convert import convert_published
     from kglmatch.files import atomic_folder
-    from kglmatch.model_card import ModelCard
-    from kglmatch.pretrained import check_fit, save_card, save_model
+    from kglmatch.models.card import ModelCard
+    from kglmatch.models.convert import convert_published
+    from kglmatch.models.pretrained import check_fit, save_card, save_model
 
     config = KGLNetConfig(ir_kind=args.ir_kind)
     with atomic_folder(args.output) as temporary:

@@ -20,7 +20,7 @@ from kglmatch.commands.common import (
 )
 from kglmatch.errors import KGLMatchError, OutputError
 
-# As in `kglmatch.peers`, which is too heavy to import for --help.
+# As in `kglmatch.evaluation.baselines`, which is too heavy to import for --help.
 PATCH_PEERS = ("sift", "gradient", "xfeat", "ncc", "nmi")
 REGISTRATION_PEERS = ("sift", "orb", "xfeat")
 
@@ -87,9 +87,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     _check(args)
-    from kglmatch import evaluation
     from kglmatch.datasets import find_patch_sources
-    from kglmatch.peers import check_peers
+    from kglmatch.evaluation.baselines import check_peers
+    from kglmatch.evaluation.patches import PatchReport, evaluate_patches
+    from kglmatch.evaluation.registration import RegistrationReport, evaluate_registration
 
     # Mistakes are told before the model is loaded, and before hours of work.
     known = REGISTRATION_PEERS if args.registration else PATCH_PEERS
@@ -100,13 +101,11 @@ def run(args: argparse.Namespace) -> int:
     matcher = load_matcher(args)
     matcher.backend.progress = False  # the bars over subsets and pairs say more
     chosen = {} if args.peers is None else {"peers": args.peers}
-    report: evaluation.PatchReport | evaluation.RegistrationReport
+    report: PatchReport | RegistrationReport
     if args.registration:
-        report = evaluation.evaluate_registration(
-            matcher, args.data, limit=args.limit, progress=True, **chosen
-        )
+        report = evaluate_registration(matcher, args.data, limit=args.limit, progress=True, **chosen)
     else:
-        report = evaluation.evaluate_patches(
+        report = evaluate_patches(
             matcher, args.data, max_pairs=args.max_pairs, seed=args.seed, progress=True, **chosen
         )
     _write(args, report, matcher.device)
@@ -129,7 +128,7 @@ def _write(args: argparse.Namespace, report: Any, device: str) -> None:
             temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         say(f"wrote {args.save}")
     if args.plot is not None:
-        from kglmatch.roc_plot import save_roc
+        from kglmatch.evaluation.roc_plot import save_roc
 
         save_roc(args.plot, report)
         say(f"wrote {args.plot}")

@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(as_json: bool) -> None:
-    from kglmatch.pretrained import list_pretrained, load_config
+    from kglmatch.models.files import list_pretrained
+    from kglmatch.models.pretrained import load_config
 
     models = [{"name": name, "ir_kind": load_config(name).ir_kind} for name in list_pretrained()]
     if as_json:
@@ -48,7 +49,7 @@ def _list(as_json: bool) -> None:
 
 
 def _describe(name: str, as_json: bool) -> None:
-    from kglmatch.pretrained import load_files, resolve
+    from kglmatch.models.pretrained import load_files, resolve
 
     files = resolve(name)
     state, config = load_files(files)

@@ -84,8 +84,9 @@ def add_parser(subparsers: Any) -> None:
         "there; finds more, takes longer",
     )
     how.add_argument(
-        "--turned",
-        action="store_true",
+        "--no-upright",
+        dest="upright",
+        action="store_false",
         help="turn each patch to the direction of its gradients, for images turned against each other by "
         "15 degrees or more; takes half as long again",
     )
@@ -114,43 +115,38 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    from kglmatch.dense import check_dense, extract_dense
-    from kglmatch.errors import KGLMatchError
+    from kglmatch.dense import check_dense
+    from kglmatch.features import check_match_format
     from kglmatch.images import check_image_name, load_image
-    from kglmatch.match_files import check_format
 
     for picture in (args.output, args.checkerboard):
         if picture is not None:
             check_image_name(picture)
     if args.save is not None:
-        check_format(args.save)
+        check_match_format(args.save)
     if args.dense:
-        check_dense(args.ir, args.max_displacement)
-        if args.turned:
-            raise KGLMatchError("--dense looks at upright patches only: leave out --turned")
+        check_dense(args.max_displacement, args.upright)
     # Images and outputs first: a mistake there is told before the model is loaded.
     vis_image, ir_image = load_image(args.vis), load_image(args.ir)
     check_outputs(
         {"-o": args.output, "--checkerboard": args.checkerboard, "--save": args.save}, (args.vis, args.ir)
     )
     matcher = load_matcher(args)
-    from kglmatch.matcher import check_image_size
+    from kglmatch.patch_matcher import check_image_size
 
     for path, image in ((args.vis, vis_image), (args.ir, ir_image)):
         check_image_size(image, matcher.config.patch_size, str(path))
     began = time.perf_counter()
-    maps = args.decide != "descriptor"
-    how = {
-        "detector": args.detector,
-        "max_keypoints": args.max_keypoints,
-        "maps": maps,
-        "upright": not args.turned,
-    }
-    vis = matcher.extract(vis_image, "vis", **how)
-    if args.dense:
-        ir = extract_dense(matcher, vis, ir_image, args.max_displacement, maps=maps)
-    else:
-        ir = matcher.extract(ir_image, "ir", **how)
+    vis, ir = matcher.extract_pair(
+        vis_image,
+        ir_image,
+        detector=args.detector,
+        max_keypoints=args.max_keypoints,
+        maps=args.decide != "descriptor",
+        upright=args.upright,
+        dense=args.dense,
+        max_displacement=args.max_displacement,
+    )
     matches = matcher.match_images(
         vis,
         ir,

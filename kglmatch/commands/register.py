@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from kglmatch.features import Matches
     from kglmatch.matcher import Matcher
-    from kglmatch.results import BandRegistration, Registration
+    from kglmatch.registration.results import BandRegistration, Registration
 
 # As in `kglmatch.geometry` and `Matcher.register`, which are too heavy to import for --help.
 TRANSFORMS = ("auto", "translation", "similarity", "affine", "homography")
@@ -101,7 +101,7 @@ def add_parser(subparsers: Any) -> None:
     add_json_option(outputs)
     how = parser.add_argument_group("registration")
     how.add_argument(
-        "--transform",
+        "--kind",
         choices=TRANSFORMS,
         default=TRANSFORMS[0],
         help="auto: the simplest that no other clearly beats (default: %(default)s)",
@@ -131,7 +131,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     from kglmatch.images import load_image
-    from kglmatch.registration import check_limits
+    from kglmatch.registration.align import check_limits
 
     rig = len(args.ir) > 1
     if args.max_rotation is None:
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     if args.max_scale is None:
         args.max_scale = RIG_MAX_SCALE if rig else MAX_SCALE
     # A mistake is told before the model is loaded.
-    check_limits(args.transform, args.max_displacement, args.max_rotation, args.max_scale)
+    check_limits(args.kind, args.max_displacement, args.max_rotation, args.max_scale)
     _check_names(args, rig)
     paths = (args.vis, *args.ir)
     greys = [load_image(path, nodata=args.nodata) for path in paths]
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     outputs = {f"--{name}": getattr(args, name) for name in (*_SINGLE, "save")}
     check_outputs({"-o": args.output, **outputs}, paths)
     matcher = load_matcher(args)
-    from kglmatch.matcher import check_image_size
+    from kglmatch.patch_matcher import check_image_size
 
     for path, grey in zip(paths, greys, strict=True):
         check_image_size(grey, matcher.config.patch_size, str(path))
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _limits(args: argparse.Namespace) -> dict[str, Any]:
     return {
-        "transform": args.transform,
+        "kind": args.kind,
         "max_displacement": args.max_displacement,
         "max_rotation": args.max_rotation,
         "max_scale": args.max_scale,
@@ -169,7 +169,7 @@ def _limits(args: argparse.Namespace) -> dict[str, Any]:
 def _check_names(args: argparse.Namespace, rig: bool) -> None:
     from kglmatch.errors import OutputError
     from kglmatch.images import check_image_name
-    from kglmatch.registration_files import CONTROL_POINTS, JSON, STACK, YML, check_ending
+    from kglmatch.registration.files import CONTROL_POINTS, JSON, STACK, YML, check_ending
 
     if rig:
         for name in _SINGLE:
@@ -195,7 +195,7 @@ def _check_names(args: argparse.Namespace, rig: bool) -> None:
 def _read_raw(args: argparse.Namespace, rig: bool) -> list[NDArray[Any]]:
     """The images to warp with their own types: IR; or the reference and the bands."""
     from kglmatch.images import check_image_fits, read_image_raw
-    from kglmatch.registration_files import check_pages
+    from kglmatch.registration.files import check_pages
 
     if args.output is None:
         return []
@@ -264,7 +264,7 @@ def _write_pair(
 ) -> list[Path]:
     """Writes what was asked for and can be; the files."""
     from kglmatch.images import save_image
-    from kglmatch.registration_files import (
+    from kglmatch.registration.files import (
         read_map_frame,
         registration_to_dict,
         save_control_points,
@@ -296,7 +296,7 @@ def _write_pair(
 def _write_warped(args: argparse.Namespace, path: Path, image: NDArray[Any]) -> None:
     """Writes the ir image on the visible one's pixels, and with its place on the map if it has one."""
     from kglmatch.images import save_image
-    from kglmatch.registration_files import STACK, read_map_tags, save_stack
+    from kglmatch.registration.files import STACK, read_map_tags, save_stack
 
     map_tags = read_map_tags(args.vis) if path.suffix.lower() in STACK else []
     if map_tags:
@@ -310,7 +310,7 @@ def _warp(found: Registration, raw: NDArray[Any], nodata: float | None) -> NDArr
     import cv2
     import numpy as np
 
-    from kglmatch.results import warp_image
+    from kglmatch.resampling import warp_image
 
     if nodata is None or found.transform is None:
         return found.warp(raw)
@@ -396,7 +396,7 @@ def _write_rig(
     kept: list[int],
     facts: dict[str, Any],
 ) -> list[Path]:
-    from kglmatch.registration_files import read_map_tags, registration_to_dict, save_json, save_stack
+    from kglmatch.registration.files import read_map_tags, registration_to_dict, save_json, save_stack
 
     written = []
     if args.output is not None and kept:
@@ -424,7 +424,7 @@ def _table(results: list[BandRegistration]) -> list[str]:
                 f"{found.confidence:.2f}",
                 "-" if failed else str(found.kind),
                 f"{int(found.inliers.sum())}/{len(found.inliers)}",
-                "-" if failed or not found.inliers.any() else f"{found.residual:.2f} px",
+                "-" if failed or not found.inliers.any() else f"{found.median_residual:.2f} px",
                 result.via or "-",
             )
         )
@@ -447,7 +447,7 @@ def _summary(found: Registration) -> str:
         return words
     inliers = int(found.inliers.sum())
     agreed = f"{inliers} of {len(found.inliers)} places agree"
-    residual = f", median residual {found.residual:.2f} px" if inliers else ""
+    residual = f", median residual {found.median_residual:.2f} px" if inliers else ""
     return f"{words}: {found.kind}, {agreed}{residual}"
 
 

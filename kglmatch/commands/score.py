@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         raise OutputError(
             f"cannot write scores to {args.save}: the name must end in one of {', '.join(FORMATS)}"
         )
-    from kglmatch.pretrained import load_config
+    from kglmatch.models.pretrained import load_config
 
     # All patches are read and checked before the model is loaded.
     patch_size = load_config(args.model).patch_size

@@ -11,7 +11,7 @@ its rows, so that a batch does not depend on how many processes share it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -97,27 +97,37 @@ class Draws:
         generator: source of every draw, on the device of the patches.
         total: rows of the whole batch.
         rows: which of them are wanted.
+        chosen: (n,) bool mask over these; None takes all.
     """
 
     generator: torch.Generator
     total: int
     rows: slice
+    chosen: Tensor | None = None
+
+    def of(self, chosen: Tensor) -> Draws:
+        """The same draws for some of the rows, given by a mask (n,) bool."""
+        return replace(self, chosen=chosen)
+
+    def _select(self, drawn: Tensor) -> Tensor:
+        own = drawn[self.rows]
+        return own if self.chosen is None else own[self.chosen]
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
         """(rows, *shape) float32, uniform in [low, high)."""
         device = self.generator.device
         drawn = torch.rand((self.total, *shape), generator=self.generator, device=device)
-        return drawn[self.rows] * (high - low) + low
+        return self._select(drawn) * (high - low) + low
 
     def normal(self, *shape: int) -> Tensor:
         """(rows, *shape) float32 of mean 0 and standard deviation 1."""
         device = self.generator.device
-        return torch.randn((self.total, *shape), generator=self.generator, device=device)[self.rows]
+        return self._select(torch.randn((self.total, *shape), generator=self.generator, device=device))
 
     def integers(self, count: int) -> Tensor:
         """(rows,) int64 of 0 .. count - 1."""
         device = self.generator.device
-        return torch.randint(count, (self.total,), generator=self.generator, device=device)[self.rows]
+        return self._select(torch.randint(count, (self.total,), generator=self.generator, device=device))
 
 
 def augment(

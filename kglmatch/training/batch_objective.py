@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kglmatch.network import KGLNet
+from kglmatch.models.network import KGLNet
 from kglmatch.training import losses, mining
 from kglmatch.training.config import TrainingConfig
 from kglmatch.training.parallel import ALONE, Processes
@@ -37,6 +37,9 @@ def objective(
 ) -> StepLosses:
     """The training objective of a batch of matching pairs; a part whose weight is 0 is not computed.
 
+    With `config.trained == "metric_head"` the metric loss is all of it, and the rest of the network is run
+    without gradients.
+
     The network runs in `config.precision`, the losses in float32.
 
     Args:
@@ -54,19 +57,21 @@ def objective(
     def autocast() -> torch.autocast:
         return torch.autocast(batch.vis.device.type, dtype=precision, enabled=precision != torch.float32)
 
-    with autocast():
+    head_alone = config.trained == "metric_head"
+    with autocast(), torch.set_grad_enabled(torch.is_grad_enabled() and not head_alone):
         vis, ir = net.branches(batch.vis, "vis"), net.branches(batch.ir, "ir")
     raw_vis, raw_ir = (processes.gather(side.raw_descriptor.float()) for side in (vis, ir))
     descriptors_vis, descriptors_ir = F.normalize(raw_vis, dim=1), F.normalize(raw_ir, dim=1)
 
-    descriptor = losses.hybrid_triplet_loss(
-        descriptors_vis, descriptors_ir, batch.same_place, margin=config.margin, alpha=config.alpha
-    )
-    if config.norm_weight:
-        descriptor = descriptor + config.norm_weight * losses.norm_loss(raw_vis, raw_ir)
-
-    guided = metric = raw_vis.new_zeros(())
-    if config.guided_weight:
+    descriptor = guided = metric = raw_vis.new_zeros(())
+    if not head_alone:
+        descriptor = losses.hybrid_triplet_loss(
+            descriptors_vis, descriptors_ir, batch.same_place, margin=config.margin, alpha=config.alpha
+        )
+        if config.norm_weight:
+            descriptor = descriptor + config.norm_weight * losses.norm_loss(raw_vis, raw_ir)
+    # A head that reads the descriptor trunk has nothing to be guided.
+    if config.guided_weight and net.metric_trunk is not None and not head_alone:
         guided = losses.feature_guided_loss(
             vis.descriptor_map.float(), vis.metric_map.float()
         ) + losses.feature_guided_loss(ir.descriptor_map.float(), ir.metric_map.float())
@@ -74,9 +79,12 @@ def objective(
         chosen = choose_negatives(descriptors_vis, descriptors_ir, batch.same_place, config, step)
         with autocast():
             # All pairs in one call: the positives, and then each choice of negatives.
-            map_vis = torch.cat([vis.metric_map] * (1 + len(chosen)))
-            maps_ir = processes.gather(ir.metric_map)
-            map_ir = torch.cat([ir.metric_map, *(maps_ir[columns[batch.rows]] for columns in chosen)])
+            maps_vis, own_ir = vis.metric_map, ir.metric_map
+            if not config.metric_loss_trains_trunk:
+                maps_vis, own_ir = maps_vis.detach(), own_ir.detach()
+            map_vis = torch.cat([maps_vis] * (1 + len(chosen)))
+            maps_ir = processes.gather(own_ir)
+            map_ir = torch.cat([own_ir, *(maps_ir[columns[batch.rows]] for columns in chosen)])
             logits = net.metric_head(map_vis, map_ir).float()
         positives, negatives = logits[: len(batch.vis)], logits[len(batch.vis) :]
         metric = losses.metric_loss(positives, negatives)
@@ -87,12 +95,9 @@ def objective(
 def choose_negatives(
     vis: Tensor, ir: Tensor, same_place: Tensor, config: TrainingConfig, step: int
 ) -> list[Tensor]:
-    """What `config.negatives` asks for: for each visible row of the whole batch, columns of ir, (N,) each."""
-    chosen = []
-    if config.negatives in ("hard", "both"):
-        distances = losses.descriptor_distances(vis.detach(), ir.detach())
-        chosen.append(mining.hard_negatives(distances, same_place))
-    if config.negatives in ("random", "both"):
-        generator = step_generator(config.seed, step, "negatives", vis.device)
-        chosen.append(mining.random_negatives(same_place, generator))
-    return chosen
+    """The negatives of each visible row of the whole batch: columns of ir, (N,) each, first the hard ones."""
+    distances = losses.descriptor_distances(vis.detach(), ir.detach())
+    generator = step_generator(config.seed, step, "negatives", vis.device)
+    hard = mining.hard_negatives(distances, same_place, config.hard_negatives)
+    random = mining.random_negatives(same_place, config.random_negatives, generator)
+    return [*hard.unbind(1), *random.unbind(1)]

@@ -5,17 +5,48 @@ from __future__ import annotations
 import dataclasses
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kglmatch.config import KGLNetConfig
 from kglmatch.errors import ConfigError
+from kglmatch.models.config import KGLNetConfig
 from kglmatch.training.augmentation import Augmentation
 
 SCHEDULES = ("constant", "decay", "cosine", "one-cycle")
-NEGATIVES = ("hard", "random", "both")
+TRAINED = ("all", "metric_head")
 PRECISIONS = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One of several data sets of a run.
+
+    Args:
+        path: folder of registered image pairs, or a patch file (see
+            `kglmatch.datasets.find_patch_sources`); with `simulated` a folder of colour images.
+        weight: its share of the training pairs, relative to the other sources.
+        validation_images: N images (of a patch file: pairs) at the end of the numbering are held out; 0 for
+            none, which is all that a simulated source can have.
+        simulated: the second sensor is drawn anew for each patch from the colour image
+            (`kglmatch.training.simulation`).
+
+    Raises:
+        ConfigError: a value outside what is described above.
+    """
+
+    path: str
+    weight: float = 1.0
+    validation_images: int = 6
+    simulated: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(f"the weight of a data source must be above 0, got {self.weight}")
+        if self.validation_images < 0 or (self.simulated and self.validation_images):
+            least = "0 for a simulated source" if self.simulated else "at least 0"
+            raise ConfigError(f"validation_images must be {least}, got {self.validation_images}")
 
 
 @dataclass(frozen=True)
@@ -24,12 +55,18 @@ class TrainingConfig:
 
     Args:
         data: folder of registered image pairs, or a patch file, of which the matching pairs are used
-            (see `kglmatch.datasets.find_patch_sources`).
-        validation_images: so many images (of a patch file: pairs) at the end of the numbering are held
-            out of training and choose the model that is kept.
-        validation_pairs: at most so many matching pairs drawn from them, and as many non-matching ones.
+            (see `kglmatch.datasets.find_patch_sources`); or several sources, `[[data]]` tables of
+            `DataSource`. Half a batch comes from one source, so that hard negatives are of its kind.
+        validation_images: N images (of a patch file: pairs) at the end of the numbering are held out of
+            training and choose the model that is kept; several sources have numbers of their own.
+        validation_pairs: at most N matching pairs drawn from them, of each source.
+        validation_negatives: non-matching pairs for each matching one.
         max_points: points an image, strongest first.
-        init: model to start from (bundled name, folder or Hub id); None starts from random weights.
+        least_contrast: grey levels; a training point whose second patch has a smaller standard deviation,
+            blurred by a pixel, shows nothing there and is left out.
+        init: model to start from (bundled name, folder or Hub id); None starts from random weights. Where
+            `network` asks for another metric branch than the model has, that part starts from random weights.
+        trained: "all", or "metric_head", which leaves every other weight as it is.
         seed: of weights, batches and augmentation.
         steps: length of the run in batches.
         batch_size: matching pairs a batch, over all processes; negatives are mined among them.
@@ -42,8 +79,10 @@ class TrainingConfig:
         margin, alpha: of the hybrid triplet loss.
         norm_weight, guided_weight, metric_weight: factors of the losses beside the triplet loss;
             0 switches one off and computes none of it.
-        negatives: what the metric head sees beside the positives: "hard" (HNSM-M), "random", or
-            "both" (as many of each).
+        hard_negatives, random_negatives: non-matching pairs that the metric head sees for each matching one:
+            the N nearest by descriptor (HNSM-M with 1) and N random ones. Matching and non-matching pairs
+            weigh the same in its loss.
+        metric_loss_trains_trunk: whether the metric loss also reaches the layers that make its maps.
         min_negative_distance: pixels; nearer points of one image are not each other's negatives.
         max_gradient_norm: gradients are clipped to it; 0 leaves them.
         ema_decay: a step, of the averaged weights that are validated and saved.
@@ -51,17 +90,21 @@ class TrainingConfig:
         compile: use `torch.compile`, which needs a C++ compiler, or Triton on CUDA.
         log_every, validate_every, checkpoint_every: steps.
         augmentation: see `Augmentation`.
-        network: see `KGLNetConfig`; with `init`, the model's own is used.
+        network: keys of `KGLNetConfig` with values other than the defaults; with `init`, other than the
+            model's own. What was measured for the model (`inference`) is measured anew.
 
     Raises:
         ConfigError: a value outside what is described above.
     """
 
-    data: str
+    data: str | tuple[DataSource, ...]
     validation_images: int = 6
-    validation_pairs: int = 2000
+    validation_pairs: int = 1000
+    validation_negatives: int = 6
     max_points: int = 1500
+    least_contrast: float = 0.0
     init: str | None = None
+    trained: str = "all"
     seed: int = 0
     steps: int = 20000
     batch_size: int = 256
@@ -75,7 +118,9 @@ class TrainingConfig:
     norm_weight: float = 0.1
     guided_weight: float = 1.0
     metric_weight: float = 1.0
-    negatives: str = "hard"
+    hard_negatives: int = 1
+    random_negatives: int = 0
+    metric_loss_trains_trunk: bool = True
     min_negative_distance: float = 8.0
     max_gradient_norm: float = 0.0
     ema_decay: float = 0.99
@@ -85,10 +130,10 @@ class TrainingConfig:
     validate_every: int = 500
     checkpoint_every: int = 100
     augmentation: Augmentation = field(default_factory=Augmentation)
-    network: KGLNetConfig = field(default_factory=KGLNetConfig)
+    network: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, known in (("schedule", SCHEDULES), ("negatives", NEGATIVES), ("precision", PRECISIONS)):
+        for name, known in (("schedule", SCHEDULES), ("trained", TRAINED), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name, lowest in _LOWEST.items():
@@ -103,25 +148,55 @@ class TrainingConfig:
             raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if not 0 <= self.decay_fraction <= 1:
             raise ConfigError(f"decay_fraction must be in [0, 1], got {self.decay_fraction}")
+        if self.metric_weight and not self.hard_negatives + self.random_negatives:
+            raise ConfigError("the metric loss needs negatives: set hard_negatives or random_negatives")
+        if self.trained == "metric_head" and not self.metric_weight:
+            raise ConfigError('trained = "metric_head" with metric_weight = 0 leaves nothing to train')
+        if not isinstance(self.data, str) and not any(source.validation_images for source in self.data):
+            raise ConfigError(
+                "no data source holds out validation images, and nothing would choose the model"
+            )
+        self.network_config(KGLNetConfig())
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """The data sources: one, or several."""
+        if isinstance(self.data, str):
+            return (DataSource(self.data, validation_images=self.validation_images),)
+        return self.data
+
+    def network_config(self, base: KGLNetConfig) -> KGLNetConfig:
+        """The architecture of the run, with what `network` says in place of the values of `base`.
+
+        Raises:
+            ConfigError: an unknown key or a bad value.
+        """
+        if "inference" in self.network:
+            raise ConfigError("network.inference is measured by the run; it cannot be given")
+        values = {f.name: getattr(base, f.name) for f in dataclasses.fields(base) if f.name != "inference"}
+        config: KGLNetConfig = _build(KGLNetConfig, {**values, **self.network}, "[network]")
+        return config
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, origin: str = "training config") -> TrainingConfig:
         """Builds a config from plain values, with `augmentation` and `network` as tables.
 
         Args:
-            origin: where the values come from, for errors.
+            origin: where the values come from, for errors. `data` is a path or a list of tables.
 
         Raises:
             ConfigError: an unknown key, a value of another type, or a value out of range.
         """
         tables: dict[str, Any] = {}
-        for name, table in (("augmentation", Augmentation), ("network", KGLNetConfig)):
-            if name in values:
-                if not isinstance(values[name], dict):
-                    raise ConfigError(f"{origin}: {name} must be a table, got {values[name]!r}")
-                tables[name] = _build(table, values[name], f"{origin} [{name}]")
+        for name in ("augmentation", "network"):
+            if not isinstance(values.get(name, {}), dict):
+                raise ConfigError(f"{origin}: {name} must be a table, got {values[name]!r}")
+        if "augmentation" in values:
+            tables["augmentation"] = _build(Augmentation, values["augmentation"], f"{origin} [augmentation]")
         if "data" not in values:
             raise ConfigError(f"{origin} lacks `data`, the folder of image pairs to train on")
+        if not isinstance(values["data"], str):
+            tables["data"] = _sources(values["data"], origin)
         config: TrainingConfig = _build(cls, {**values, **tables}, origin)
         return config
 
@@ -146,13 +221,17 @@ class TrainingConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `from_dict` reads them."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {
+            "data": self.data if isinstance(self.data, str) else [dataclasses.asdict(s) for s in self.data]
+        }
 
 
 _LOWEST: dict[str, int] = {
     "validation_images": 1,
     "validation_pairs": 1,
+    "validation_negatives": 1,
     "max_points": 1,
+    "least_contrast": 0,
     "seed": 0,
     "steps": 1,
     "batch_size": 2,  # negatives are mined among the others
@@ -162,6 +241,8 @@ _LOWEST: dict[str, int] = {
     "norm_weight": 0,
     "guided_weight": 0,
     "metric_weight": 0,
+    "hard_negatives": 0,
+    "random_negatives": 0,
     "min_negative_distance": 0,
     "max_gradient_norm": 0,
     "log_every": 1,
@@ -176,6 +257,15 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "str | None": (str, type(None)),
 }
+
+
+def _sources(tables: Any, origin: str) -> tuple[DataSource, ...]:
+    if not isinstance(tables, list | tuple) or not tables or not all(isinstance(t, Mapping) for t in tables):
+        raise ConfigError(f"{origin}: data must be a path or a list of tables, got {tables!r}")
+    for table in tables:
+        if "path" not in table:
+            raise ConfigError(f"{origin}: a [[data]] table lacks `path`, got {dict(table)!r}")
+    return tuple(_build(DataSource, dict(table), f"{origin} [[data]]") for table in tables)
 
 
 def _build(cls: type, values: dict[str, Any], origin: str) -> Any:

@@ -2,22 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from kglmatch.datasets import (
     PatchPairs,
     Scene,
     ScenePairs,
+    draw_partners,
     find_patch_sources,
+    image_files,
     load_scene_pairs,
-    sample_patch_pairs,
+    protocol_points,
 )
 from kglmatch.errors import DataError
-from kglmatch.training.config import TrainingConfig
+from kglmatch.images import read_image_raw
+from kglmatch.training.config import DataSource, TrainingConfig
 
 
-def load_training_data(config: TrainingConfig, patch_size: int) -> tuple[ScenePairs, PatchPairs]:
-    """Reads `config.data`; the last `config.validation_images` images are held out.
+@dataclass(frozen=True, eq=False)
+class TrainingSet:
+    """The training points of one source.
+
+    Attributes:
+        pairs: scenes and points.
+        weight: share of the training pairs, relative to the other sources'.
+        colours: of a simulated source the colour images (H, W, 3) uint8 that belong to the scenes, whose ir
+            images are then of no meaning; else None.
+    """
+
+    pairs: ScenePairs
+    weight: float = 1.0
+    colours: tuple[NDArray[np.uint8], ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ValidationSet:
+    """Held-out patches of one source.
+
+    Attributes:
+        name: of the source.
+        vis, ir: (N, P, P) uint8, row by row matching.
+        partners: (N, K) int64, for each visible patch K ir patches of other places.
+    """
+
+    name: str
+    vis: NDArray[np.uint8]
+    ir: NDArray[np.uint8]
+    partners: NDArray[np.int64]
+
+
+def load_training_data(
+    config: TrainingConfig, patch_size: int
+) -> tuple[list[TrainingSet], list[ValidationSet]]:
+    """Reads the sources of a run; the last images of each are held out.
 
     Of a patch file the matching pairs are used, each of them as an image of its own.
 
@@ -25,41 +68,132 @@ def load_training_data(config: TrainingConfig, patch_size: int) -> tuple[ScenePa
         patch_size: side of the network's patches, pixels.
 
     Returns:
-        scenes to train on, and labelled patch pairs to validate on.
+        what is trained on, a set for each source, and what is validated on, a set for each source that
+        holds images out.
 
     Raises:
         DataError: no image pairs there, or too few; patches of another size.
         ImageError: an image that cannot be read.
     """
-    sources = find_patch_sources(config.data)
-    if len(sources) > 1:
-        names = ", ".join(source.name for source in sources)
-        raise DataError(f"{config.data} holds several sets ({names}); train on one of them")
-    source = sources[0]
-    if source.pairs:
-        _check_count(config, len(source.pairs), "image pairs")
-        cut = len(source.pairs) - config.validation_images
-        training, held_out = (
-            load_scene_pairs(pairs, max_points=config.max_points, patch_size=patch_size)
-            for pairs in (source.pairs[:cut], source.pairs[cut:])
-        )
+    training: list[TrainingSet] = []
+    validation: list[ValidationSet] = []
+    for source in config.sources:
+        if source.simulated:
+            training.append(_load_colours(source, config, patch_size))
+            continue
+        pairs, held_out = _load_source(source, config, patch_size)
+        training.append(TrainingSet(_with_contrast(pairs, config.least_contrast), source.weight))
+        if held_out is not None:
+            name = Path(source.path).resolve().name
+            validation.append(draw_validation(held_out, name, config))
+    for source, found in zip(config.sources, training, strict=True):
+        if len(found.pairs) < 2:
+            raise DataError(f"{source.path} leaves {len(found.pairs)} points to train on; 2 is the least")
+    return training, validation
+
+
+def draw_validation(pairs: ScenePairs, name: str, config: TrainingConfig) -> ValidationSet:
+    """At most `config.validation_pairs` points, and for each `config.validation_negatives` others.
+
+    Raises:
+        DataError: a point without a place far enough away to be its negative.
+    """
+    random = np.random.RandomState(config.seed)
+    rows = np.sort(random.permutation(len(pairs))[: config.validation_pairs])
+    points, scenes = pairs.points[rows], pairs.scene_index[rows]
+    partners = [draw_partners(points, scenes, random, name) for _ in range(config.validation_negatives)]
+    return ValidationSet(
+        name, pairs.patches(rows, "vis"), pairs.patches(rows, "ir"), np.stack(partners, axis=1)
+    )
+
+
+def _load_source(
+    source: DataSource, config: TrainingConfig, patch_size: int
+) -> tuple[ScenePairs, ScenePairs | None]:
+    """The points of a source that are trained on, and those held out, if any are."""
+    found = find_patch_sources(source.path)
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found)
+        raise DataError(f"{source.path} holds several sets ({names}); train on one of them, or list them")
+    if found[0].pairs:
+        pairs = found[0].pairs
+        cut = _cut(source, len(pairs), "image pairs")
+
+        def load(part: slice) -> ScenePairs:
+            return load_scene_pairs(pairs[part], max_points=config.max_points, patch_size=patch_size)
     else:
-        patches = source.load()
+        patches = found[0].load()
         if patches.vis.shape[1:] != (patch_size, patch_size):
             raise DataError(
-                f"{config.data} holds patches of {patches.vis.shape[2]} x {patches.vis.shape[1]} pixels, "
+                f"{source.path} holds patches of {patches.vis.shape[2]} x {patches.vis.shape[1]} pixels, "
                 f"but the network takes {patch_size} x {patch_size}"
             )
         rows = np.flatnonzero(patches.labels)
-        _check_count(config, len(rows), "matching patch pairs")
-        cut = len(rows) - config.validation_images
-        training, held_out = (patches_as_scenes(patches, part) for part in (rows[:cut], rows[cut:]))
-    if len(training) < 2:
-        raise DataError(f"{config.data} leaves {len(training)} points to train on; 2 is the least")
-    validation = sample_patch_pairs(
-        held_out, name="validation", max_pairs=config.validation_pairs, seed=config.seed
-    )
-    return training, validation
+        cut = _cut(source, len(rows), "matching patch pairs")
+
+        def load(part: slice) -> ScenePairs:
+            return patches_as_scenes(patches, rows[part])
+
+    return load(slice(cut)), load(slice(cut, None)) if source.validation_images else None
+
+
+def _cut(source: DataSource, count: int, what: str) -> int:
+    """How many images are trained on; the others are held out."""
+    if count <= source.validation_images:
+        raise DataError(
+            f"{source.path} holds {count} {what}, and {source.validation_images} are held out for "
+            "validation, which leaves none to train on; lower validation_images"
+        )
+    return count - source.validation_images
+
+
+def _load_colours(source: DataSource, config: TrainingConfig, patch_size: int) -> TrainingSet:
+    """A simulated source: the colour images of a folder; of NAME_rgb beside NAME_nir the first."""
+    files = [path for path in image_files(source.path) if not path.stem.endswith("_nir")]
+    scenes, colours = [], []
+    for path in files:
+        colour = _read_colour(path)
+        grey = np.asarray(cv2.cvtColor(colour, cv2.COLOR_RGB2GRAY), np.uint8)
+        scenes.append(Scene(path.stem, grey, grey, np.ones(grey.shape, bool)))
+        colours.append(colour)
+    points = [protocol_points(scene, config.max_points, patch_size) for scene in scenes]
+    if not sum(map(len, points)):
+        raise DataError(f"no keypoint with a whole {patch_size} x {patch_size} patch in {source.path}")
+    index = np.repeat(np.arange(len(scenes), dtype=np.int64), [len(p) for p in points])
+    pairs = ScenePairs(tuple(scenes), np.concatenate(points), index, patch_size)
+    return TrainingSet(pairs, source.weight, tuple(colours))
+
+
+def _read_colour(path: Path) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8; a grey image has three equal channels.
+
+    Raises:
+        DataError: not 8 bits a channel.
+    """
+    pixels = read_image_raw(path)
+    if pixels.dtype != np.uint8:
+        raise DataError(f"{path}: a simulated sensor takes 8-bit images, got {pixels.dtype}")
+    return pixels[:, :, :3] if pixels.ndim == 3 and pixels.shape[2] >= 3 else np.dstack([pixels] * 3)
+
+
+def _with_contrast(pairs: ScenePairs, least: float) -> ScenePairs:
+    """Without the points whose second patch shows nothing."""
+    if not least:
+        return pairs
+    rows = np.flatnonzero(contrast(pairs) >= least)
+    return ScenePairs(pairs.scenes, pairs.points[rows], pairs.scene_index[rows], pairs.patch_size)
+
+
+def contrast(pairs: ScenePairs) -> NDArray[np.float64]:
+    """Standard deviation of each point's second patch (N,), grey levels, noise of one pixel blurred away."""
+    half = pairs.patch_size // 2
+    out = np.empty(len(pairs))
+    smooth: Sequence[NDArray[np.float32]] = [
+        cv2.GaussianBlur(scene.ir.astype(np.float32), (0, 0), 1.0) for scene in pairs.scenes
+    ]
+    for i, ((x, y), scene) in enumerate(zip(pairs.points, pairs.scene_index, strict=True)):
+        out[i] = smooth[scene][y - half : y + half, x - half : x + half].std()
+    return out
 
 
 def patches_as_scenes(patches: PatchPairs, rows: np.ndarray) -> ScenePairs:
@@ -73,11 +207,3 @@ def patches_as_scenes(patches: PatchPairs, rows: np.ndarray) -> ScenePairs:
     scenes = tuple(Scene(f"{patches.name}-{row}", patches.vis[row], patches.ir[row], valid) for row in rows)
     points = np.full((len(rows), 2), size // 2, np.int64)
     return ScenePairs(scenes, points, np.arange(len(rows), dtype=np.int64), size)
-
-
-def _check_count(config: TrainingConfig, count: int, what: str) -> None:
-    if count <= config.validation_images:
-        raise DataError(
-            f"{config.data} holds {count} {what}, and {config.validation_images} are held out for "
-            "validation, which leaves none to train on; lower validation_images"
-        )

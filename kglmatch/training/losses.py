@@ -22,14 +22,19 @@ def descriptor_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mask_false_negatives(distances: Tensor, same_place: Tensor) -> Tensor:
-    """(N, N) distances with everything that is no negative put out of reach.
+    """(N, N) distances with everything that is no negative put out of reach; see `false_negatives`."""
+    return distances.masked_fill(false_negatives(distances, same_place), _FAR)
+
+
+def false_negatives(distances: Tensor, same_place: Tensor) -> Tensor:
+    """Which of the pairs of a batch are no negatives, (N, N) bool.
 
     Args:
         distances: (N, N) descriptor distances.
         same_place: (N, N) bool, true where row and column show the same place (the diagonal, and
             overlapping patches of one image).
     """
-    return distances.masked_fill(same_place | (distances.detach() < FALSE_NEGATIVE_DISTANCE), _FAR)
+    return same_place | (distances.detach() < FALSE_NEGATIVE_DISTANCE)
 
 
 def hybrid_triplet_loss(
@@ -42,7 +47,7 @@ def hybrid_triplet_loss(
 
     Args:
         vis, ir: (N, D) L2-normalised descriptors, row by row matching.
-        same_place: (N, N) bool, see `mask_false_negatives`; the diagonal if None.
+        same_place: (N, N) bool, see `false_negatives`; the diagonal if None.
 
     Returns:
         scalar; 0 for a single pair, which has no negatives.
@@ -78,7 +83,8 @@ def feature_guided_loss(descriptor_map: Tensor, metric_map: Tensor) -> Tensor:
 
 
 def metric_loss(positive_logits: Tensor, negative_logits: Tensor) -> Tensor:
-    """Binary cross-entropy of the metric head over matching (N,) and other (M,) pairs, their mean."""
-    logits = torch.cat([positive_logits, negative_logits])
-    labels = torch.cat([torch.ones_like(positive_logits), torch.zeros_like(negative_logits)])
-    return F.binary_cross_entropy_with_logits(logits, labels)
+    """Binary cross-entropy of the metric head over matching (N,) and other (M,) pairs.
+
+    The mean over each kind, and of the two: however many negatives there are, both kinds weigh the same.
+    """
+    return (F.softplus(-positive_logits).mean() + F.softplus(negative_logits).mean()) / 2

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from kglmatch.config import KGLNetConfig
 from kglmatch.errors import WeightsError
 from kglmatch.files import atomic_output, check_output, make_folder
-from kglmatch.pretrained import save_model
+from kglmatch.models.config import KGLNetConfig
+from kglmatch.models.pretrained import save_model
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
 MODEL = "model"
 # Raised whenever a checkpoint of the version before could not be gone on from.
-FORMAT = 2
+FORMAT = 3
 
 
 class RunFolder:

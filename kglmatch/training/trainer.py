@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +14,10 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from kglmatch.config import KGLNetConfig
 from kglmatch.errors import ConfigError, DataError
-from kglmatch.network import KGLNet
-from kglmatch.pretrained import load_model
+from kglmatch.models.config import KGLNetConfig
+from kglmatch.models.network import KGLNet
+from kglmatch.models.pretrained import load_model
 from kglmatch.training.batch_objective import objective
 from kglmatch.training.config import TrainingConfig
 from kglmatch.training.data import load_training_data
@@ -24,7 +25,7 @@ from kglmatch.training.parallel import join_processes, share_batch_norm
 from kglmatch.training.run_folder import CHECKPOINT, RunFolder, load_checkpoint
 from kglmatch.training.sampling import PatchSampler
 from kglmatch.training.schedule import rate_factor
-from kglmatch.training.validation import merit, validate
+from kglmatch.training.validation import calibrated, validate
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Trainer:
     the checkpoint holds the rest. On CUDA cuDNN is held to its deterministic algorithms.
 
     `model/` is the model that was best on the validation images so far: the weights averaged over
-    steps, as float16.
+    steps, as float16, with fusion, decision and calibration fitted on these images.
 
     Args:
         config: the run.
@@ -92,6 +93,8 @@ class Trainer:
 
         self.net = self._make_network(state)
         network = self.net.config
+        # A network that is left as it is keeps its batch norm too.
+        self.net.train(config.trained == "all")
         training, self.validation = load_training_data(config, network.patch_size)
         self.sampler = PatchSampler(
             training,
@@ -108,16 +111,8 @@ class Trainer:
             multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay),  # type: ignore[no-untyped-call]
             use_buffers=True,
         )
-        head = {id(p) for p in self.net.metric_head.parameters()}
         self._rates = (config.learning_rate, config.metric_head_learning_rate)
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": [p for p in self.net.parameters() if id(p) not in head]},
-                {"params": list(self.net.metric_head.parameters())},
-            ],
-            lr=config.learning_rate,
-            fused=True,
-        )
+        self.optimizer = self._make_optimizer()
         self.scaler = torch.amp.GradScaler(
             self.device.type, init_scale=_FIRST_LOSS_SCALE, enabled=config.precision == "float16"
         )
@@ -126,6 +121,7 @@ class Trainer:
         self._fitting = False
         self.best: dict[str, float] | None = None
         self._best_state: dict[str, torch.Tensor] | None = None
+        self._best_inference: dict[str, Any] = {}
         # Sums of the losses since the last line of the log, and over how many steps.
         self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         self._summed = 0
@@ -303,16 +299,29 @@ class Trainer:
         improved = False
         if self.processes.is_first:
             net = self.averaged_net
-            figures = validate(net, self.validation)
-            self.folder.log({"step": self.step, "validation": figures})
-            self._say(f"step {self.step}: {', '.join(f'{k} {v:.4g}' for k, v in figures.items())}")
-            improved = self.best is None or merit(figures) < merit(self.best)
+            found = validate(net, self.validation)
+            self.folder.log({"step": self.step, "validation": found.mean, "sets": found.sets})
+            self._say(f"step {self.step}: {', '.join(f'{k} {v:.4g}' for k, v in found.mean.items())}")
+            improved = self.best is None or found.merit < self.best["merit"]
             if improved:
-                self.best = {"step": float(self.step), **figures}
-                self._best_state = {k: v.detach().to("cpu", copy=True) for k, v in net.state_dict().items()}
-                self.folder.save_model(self._best_state, net.config)
+                self.best = {"step": float(self.step), "merit": found.merit, **found.mean}
+                state = {k: v.detach().to("cpu", copy=True) for k, v in net.state_dict().items()}
+                self._best_state = calibrated(state, found.calibration)
+                # The fusion is that of the calibrated logit.
+                factor, offset = found.calibration
+                logit = found.fusion["logit"] / factor
+                fusion = found.fusion | {"logit": logit, "bias": found.fusion["bias"] - logit * offset}
+                self._best_inference = {"fusion": fusion, "decide": found.decide}
+                self._save_best()
         self._aside += time.perf_counter() - began
         return bool(self.processes.agree(int(improved), self.device))
+
+    def _save_best(self) -> None:
+        if self._best_state is not None:
+            # The detector is a matter of the sensors; what was fitted to the parent's answers is not kept.
+            detector = {k: v for k, v in self.net.config.inference.items() if k == "detector"}
+            config = dataclasses.replace(self.net.config, inference=detector | self._best_inference)
+            self.folder.save_model(self._best_state, config)
 
     def _say(self, words: str) -> None:
         if self.processes.is_first:
@@ -336,6 +345,7 @@ class Trainer:
                     "fitted_steps": self._fitted_steps,
                     "best": self.best,
                     "best_state": self._best_state,
+                    "best_inference": self._best_inference,
                     "sums": self._sums,
                     "summed": self._summed,
                     "net": self.net.state_dict(),
@@ -347,6 +357,16 @@ class Trainer:
         self._aside += time.perf_counter() - began
 
     # --- where it starts ----------------------------------------------------------------------
+
+    def _make_optimizer(self) -> torch.optim.Adam:
+        head = list(self.net.metric_head.parameters())
+        others = [p for p in self.net.parameters() if all(p is not q for q in head)]
+        if self.config.trained == "metric_head":
+            for p in others:
+                p.requires_grad_(False)
+            others = []
+        groups = [{"params": others}, {"params": head}]
+        return torch.optim.Adam(groups, lr=self.config.learning_rate, fused=True)
 
     def _check_settings(self, state: dict[str, Any]) -> None:
         """Raises `ConfigError` if the folder's run is another one than is asked for."""
@@ -367,14 +387,16 @@ class Trainer:
     def _make_network(self, state: dict[str, Any] | None) -> KGLNet:
         if state is not None:
             net = KGLNet(KGLNetConfig(**state["network"]))
-        elif self.config.init is not None:
-            weights, network = load_model(self.config.init)
-            net = KGLNet(network)
-            net.load_state_dict(weights)
         else:
+            weights, parent = load_model(self.config.init) if self.config.init else ({}, KGLNetConfig())
+            network = self.config.network_config(parent)
+            if network.ir_kind == parent.ir_kind:
+                network = dataclasses.replace(network, inference=parent.inference)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.config.seed)
-                net = KGLNet(self.config.network)
+                net = KGLNet(network)
+            if self.config.init:
+                _load_shared(net, weights, parent)
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return net.to(self.device).train()
 
@@ -386,12 +408,32 @@ class Trainer:
         self.step, self.first_step = state["step"], state["first_step"]
         self._fitted_steps = state["fitted_steps"]
         self.best, self._best_state = state["best"], state["best_state"]
+        self._best_inference = state["best_inference"]
         self._sums.copy_(state["sums"])
         self._summed = state["summed"]
-        if self._best_state is not None and self.processes.is_first:
+        if self.processes.is_first:
             # The kill may have come between a newer model and its checkpoint.
-            self.folder.save_model(self._best_state, self.net.config)
-        self._say(f"going on from step {self.step}")
+            self._save_best()
+        self._say(f"resuming from step {self.step}")
+
+
+def _load_shared(net: KGLNet, weights: Mapping[str, torch.Tensor], parent: KGLNetConfig) -> None:
+    """Loads a parent's weights; where the metric branch is another one, it keeps its random weights.
+
+    Raises:
+        ConfigError: an architecture that differs elsewhere.
+    """
+    ours = net.config
+    branch = tuple(getattr(ours, key) != getattr(parent, key) for key in ("metric_trunk", "head_norm"))
+    state = net.state_dict()
+    taken = {
+        key: value
+        for key, value in weights.items()
+        if not any(branch) or not key.startswith(("metric_trunk.", "metric_head."))
+    }
+    if any(key not in state or state[key].shape != value.shape for key, value in taken.items()):
+        raise ConfigError(f"the weights of `init` do not fit [network]: {parent} there, {ours} asked for")
+    net.load_state_dict(state | taken)
 
 
 def _branch(path: Path) -> dict[str, Any]:
@@ -403,6 +445,7 @@ def _branch(path: Path) -> dict[str, Any]:
         "fitted_steps": None,
         "best": None,
         "best_state": None,
+        "best_inference": {},
         "sums": torch.zeros_like(state["sums"]),
         "summed": 0,
     }
@@ -411,7 +454,8 @@ def _branch(path: Path) -> dict[str, Any]:
 def compile_network(net: KGLNet) -> None:
     """Compiles what takes the time: stems, trunks and metric head, in place. Names of weights stay."""
     for part in (net.stem, net.descriptor_trunk, net.metric_trunk, net.metric_head):
-        part.compile(dynamic=False)
+        if part is not None:
+            part.compile(dynamic=False)
 
 
 def check_compiler(device: torch.device) -> None:

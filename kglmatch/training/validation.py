@@ -1,61 +1,138 @@
-"""How good a network is on labelled patches held out of training."""
+"""How good a network is on patches held out of training, and what is fitted on them."""
 
 from __future__ import annotations
 
-import torch
-from torch.nn import functional as F
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from kglmatch import metrics
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from kglmatch.backends.torch import DEFAULT_BATCH
-from kglmatch.datasets import PatchPairs
-from kglmatch.network import KGLNet
+from kglmatch.evaluation import metrics
+from kglmatch.fusion import fit_calibration, fit_fusion, fuse
+from kglmatch.matching import distance_from_cosine
+from kglmatch.models.network import KGLNet
+from kglmatch.training.data import ValidationSet
+
+DECISIONS = ("fused", "metric", "descriptor")
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a network says of the pairs of a validation set.
+
+    Attributes:
+        distances: (M,) descriptor distances.
+        logits: (M,) of the metric head.
+        labels: (M,) bool, true for matching pairs.
+    """
+
+    distances: NDArray[np.float64]
+    logits: NDArray[np.float64]
+    labels: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Figures of a network, lower is better but for the areas.
+
+    Attributes:
+        sets: for each validation set FPR95 in percent and the area under the ROC curve of each decision
+            (`descriptor_fpr95`, `fused_auc`, ...).
+        mean: their means, every set weighing the same.
+        fusion: descriptor distance and metric head in one answer (`kglmatch.fusion`).
+        decide: the decision with the fewest errors.
+        calibration: factor and offset of the metric head's logit that make its score a probability.
+    """
+
+    sets: dict[str, dict[str, float]]
+    mean: dict[str, float]
+    fusion: dict[str, float]
+    decide: str
+    calibration: tuple[float, float]
+
+    @property
+    def merit(self) -> float:
+        """What a model is chosen by, lower is better: the FPR95 of both branches, and the areas, which
+        break ties between low ones."""
+        return sum(_errors(self.mean, decision) for decision in ("descriptor", "metric"))
+
+
+def validate(net: KGLNet, sets: Sequence[ValidationSet]) -> Validation:
+    """Measures a network in float32 on its own device, and fits fusion and calibration to its answers.
+
+    Raises:
+        DataError: the network's answers are not finite.
+    """
+    answers = [answer(net, one) for one in sets]
+    distances, logits, labels = (
+        np.concatenate([getattr(a, name) for a in answers]) for name in ("distances", "logits", "labels")
+    )
+    fusion = fit_fusion(distances, logits, labels)
+    figures = {one.name: _figures(a, fusion) for one, a in zip(sets, answers, strict=True)}
+    first = next(iter(figures.values()))
+    mean = {key: float(np.mean([f[key] for f in figures.values()])) for key in first}
+    decide = min(DECISIONS, key=lambda decision: _errors(mean, decision))
+    return Validation(figures, mean, fusion, decide, fit_calibration(logits, labels))
 
 
 @torch.inference_mode()
-def validate(net: KGLNet, pairs: PatchPairs) -> dict[str, float]:
-    """Measures a network on labelled patch pairs, in float32 on its own device.
-
-    Args:
-        pairs: matching and non-matching pairs.
-
-    Returns:
-        FPR95 in percent and the area under the ROC curve, of descriptor and metric head, and the
-        metric head's cross-entropy.
-    """
+def answer(net: KGLNet, patches: ValidationSet) -> Answers:
+    """Runs a network over a validation set: N matching pairs, then N pairs for each column of partners."""
     was_training = net.training
     net.eval()
     device = next(net.parameters()).device
-    batch_size = DEFAULT_BATCH[device.type]
-    similarity, logits = [], []
-    for start in range(0, len(pairs), batch_size):
-        rows = slice(start, start + batch_size)
-        vis, ir = (
-            torch.from_numpy(patches[rows]).to(device).unsqueeze(1).float() / 255
-            for patches in (pairs.vis, pairs.ir)
-        )
-        descriptor_vis, map_vis = net.encode(vis, "vis")
-        descriptor_ir, map_ir = net.encode(ir, "ir")
-        similarity.append((descriptor_vis * descriptor_ir).sum(1).cpu())
-        logits.append(net.metric_head(map_vis, map_ir).float().cpu())
-    net.train(was_training)
-    descriptor, metric = torch.cat(similarity).numpy(), torch.cat(logits)
-    return {
-        "descriptor_fpr95": 100 * metrics.fpr_at_recall(descriptor, pairs.labels),
-        "metric_fpr95": 100 * metrics.fpr_at_recall(metric.numpy(), pairs.labels),
-        "descriptor_auc": metrics.roc_auc(descriptor, pairs.labels),
-        "metric_auc": metrics.roc_auc(metric.numpy(), pairs.labels),
-        "metric_cross_entropy": float(
-            F.binary_cross_entropy_with_logits(metric, torch.from_numpy(pairs.labels).float())
-        ),
-    }
+    batch = DEFAULT_BATCH[device.type]
 
+    def encode(side: NDArray[np.uint8], modality: str) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [
+            net.encode(torch.from_numpy(side[i : i + batch]).to(device).unsqueeze(1).float() / 255, modality)
+            for i in range(0, len(side), batch)
+        ]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-def merit(figures: dict[str, float]) -> float:
-    """What a model is chosen by, lower is better: both FPR95, and the areas, which break ties between
-    low ones."""
-    return (
-        figures["descriptor_fpr95"]
-        + figures["metric_fpr95"]
-        + 100 * (1 - figures["descriptor_auc"])
-        + 100 * (1 - figures["metric_auc"])
+    descriptor_vis, map_vis = encode(patches.vis, "vis")
+    descriptor_ir, map_ir = encode(patches.ir, "ir")
+    n, kinds = patches.partners.shape
+    rows_vis = torch.arange(n, device=device).repeat(1 + kinds)
+    rows_ir = torch.cat([torch.arange(n), torch.from_numpy(patches.partners.T.reshape(-1))]).to(device)
+    cosine = (descriptor_vis[rows_vis] * descriptor_ir[rows_ir]).sum(1)
+    logits = torch.cat(
+        [
+            net.metric_head(map_vis[rows_vis[i : i + batch]], map_ir[rows_ir[i : i + batch]]).float()
+            for i in range(0, len(rows_vis), batch)
+        ]
     )
+    net.train(was_training)
+    return Answers(
+        distance_from_cosine(cosine.cpu().numpy()).astype(np.float64),
+        logits.cpu().numpy().astype(np.float64),
+        np.arange(len(rows_vis)) < n,
+    )
+
+
+def calibrated(state: dict[str, torch.Tensor], calibration: tuple[float, float]) -> dict[str, torch.Tensor]:
+    """A state dict whose metric head gives the calibrated logit: factor and offset go into its last layer."""
+    factor, offset = calibration
+    weight, bias = state["metric_head.fc3.weight"], state["metric_head.fc3.bias"]
+    return state | {"metric_head.fc3.weight": weight * factor, "metric_head.fc3.bias": bias * factor + offset}
+
+
+def _figures(answers: Answers, fusion: dict[str, float]) -> dict[str, float]:
+    scores: dict[str, Any] = {
+        "descriptor": -answers.distances,
+        "metric": answers.logits,
+        "fused": fuse(answers.distances, 1 / (1 + np.exp(-answers.logits)), fusion),
+    }
+    figures = {}
+    for decision, score in scores.items():
+        figures[f"{decision}_fpr95"] = 100 * metrics.fpr_at_recall(score, answers.labels)
+        figures[f"{decision}_auc"] = metrics.roc_auc(score, answers.labels)
+    return figures
+
+
+def _errors(figures: dict[str, float], decision: str) -> float:
+    return figures[f"{decision}_fpr95"] + 100 * (1 - figures[f"{decision}_auc"])

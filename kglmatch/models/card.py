@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kglmatch.config import KGLNetConfig
 from kglmatch.errors import KGLMatchError
+from kglmatch.models.config import KGLNetConfig
 
 LIBRARY = "kglmatch"
 # A task of the Hub; it has none for matching.

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kglmatch.config import BLOCKS, KGLNetConfig
 from kglmatch.errors import WeightsError
+from kglmatch.models.config import BLOCKS, KGLNetConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +114,7 @@ def _take(path: Path, names: dict[str, str]) -> dict[str, Tensor]:
 
 
 def convert_published(net: str | Path, metric: str | Path) -> dict[str, Tensor]:
-    """Reads a published checkpoint pair into a state dict of `kglmatch.network.KGLNet`.
+    """Reads a published checkpoint pair into a state dict of `kglmatch.models.network.KGLNet`.
 
     Args:
         net: the network's `.pth` or `.safetensors` file (`layer1_com1.0.weight`, ...).

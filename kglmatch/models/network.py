@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kglmatch.config import BLOCK_CHANNELS, BLOCK_STRIDES, BLOCKS, MAP_CHANNELS, KGLNetConfig
+from kglmatch.models.config import BLOCK_CHANNELS, BLOCK_STRIDES, BLOCKS, MAP_CHANNELS, KGLNetConfig
 
 FRN_EPS = 1e-6
 
@@ -198,20 +198,23 @@ class DescriptorHead(nn.Module):
 class MetricHead(nn.Module):
     """A pair of metric maps -> the logit of "these two patches match", row by row.
 
+    FRN divides by the size of the difference, which is itself evidence; `head_norm="none"` keeps it.
+
     Shape: (N, 256, S, S), (N, 256, S, S) -> (N,)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, head_norm: str = "frn") -> None:
         super().__init__()
         self.conv = nn.Conv2d(MAP_CHANNELS, MAP_CHANNELS, 3, padding=1)
-        self.norm = FRN(MAP_CHANNELS)
+        self.norm = FRN(MAP_CHANNELS) if head_norm == "frn" else None
         self.activation = TLU(MAP_CHANNELS)
         self.fc1 = nn.Linear(MAP_CHANNELS, 512)
         self.fc2 = nn.Linear(512, 256)
         self.fc3 = nn.Linear(256, 1)
 
     def forward(self, map_vis: Tensor, map_ir: Tensor) -> Tensor:
-        x = normalize_activate(self.conv((map_vis - map_ir).abs()), self.norm, self.activation)
+        x = self.conv((map_vis - map_ir).abs())
+        x = self.activation(x) if self.norm is None else normalize_activate(x, self.norm, self.activation)
         x = x.float().mean(dim=(2, 3)).to(x.dtype)
         logit: Tensor = self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
         return logit.flatten()
@@ -228,7 +231,8 @@ class BranchOutputs(NamedTuple):
 class KGLNet(nn.Module):
     """The network: a stem for each modality that feeds a descriptor branch and a metric branch.
 
-    Each method computes only what it returns, and the stem runs once a patch. Patches are
+    The metric maps come from trunks of their own, or are the descriptor trunk's (`config.metric_trunk`).
+    Each method computes only what it returns, and the stem and each trunk run once a patch. Patches are
     (N, 1, P, P) floats, of any range (the first layer normalises; training used [0, 1]). The two
     modalities have weights of their own, so `modality` ("vis" or "ir") is never guessed.
     """
@@ -242,26 +246,33 @@ class KGLNet(nn.Module):
             lambda: conv_blocks(split + 1, BLOCKS), shared=config.descriptor_siamese
         )
         self.descriptor_head = PerModality(lambda: DescriptorHead(config), shared=config.descriptor_siamese)
-        self.metric_trunk = PerModality(lambda: conv_blocks(split + 1, BLOCKS), shared=config.metric_siamese)
-        self.metric_head = MetricHead()
+        self.metric_trunk = (
+            PerModality(lambda: conv_blocks(split + 1, BLOCKS), shared=config.metric_siamese)
+            if config.metric_trunk == "own"
+            else None
+        )
+        self.metric_head = MetricHead(config.head_norm)
 
-    def _descriptor(self, stem: Tensor, modality: str) -> Tensor:
-        raw = self.descriptor_head(self.descriptor_trunk(stem, modality), modality)
-        return F.normalize(raw.float(), dim=1)
+    def _descriptor(self, descriptor_map: Tensor, modality: str) -> Tensor:
+        return F.normalize(self.descriptor_head(descriptor_map, modality).float(), dim=1)
 
     def describe(self, patches: Tensor, modality: str) -> Tensor:
         """(N, 1, P, P) -> (N, D) float32 descriptors, L2-normalised."""
-        return self._descriptor(self.stem(patches, modality), modality)
+        descriptor_map = self.descriptor_trunk(self.stem(patches, modality), modality)
+        return self._descriptor(descriptor_map, modality)
 
     def map(self, patches: Tensor, modality: str) -> Tensor:
         """(N, 1, P, P) -> (N, 256, S, S) metric maps, the input of `score`."""
-        metric_map: Tensor = self.metric_trunk(self.stem(patches, modality), modality)
+        trunk = self.descriptor_trunk if self.metric_trunk is None else self.metric_trunk
+        metric_map: Tensor = trunk(self.stem(patches, modality), modality)
         return metric_map
 
     def encode(self, patches: Tensor, modality: str) -> tuple[Tensor, Tensor]:
         """(N, 1, P, P) -> descriptors (N, D) and metric maps (N, 256, S, S)."""
         stem = self.stem(patches, modality)
-        return self._descriptor(stem, modality), self.metric_trunk(stem, modality)
+        descriptor_map = self.descriptor_trunk(stem, modality)
+        metric_map = descriptor_map if self.metric_trunk is None else self.metric_trunk(stem, modality)
+        return self._descriptor(descriptor_map, modality), metric_map
 
     def score(self, map_vis: Tensor, map_ir: Tensor) -> Tensor:
         """Metric maps of N pairs, (N, 256, S, S) each -> (N,) float32 match probabilities."""
@@ -274,7 +285,7 @@ class KGLNet(nn.Module):
         return BranchOutputs(
             self.descriptor_head(descriptor_map, modality),
             descriptor_map,
-            self.metric_trunk(stem, modality),
+            descriptor_map if self.metric_trunk is None else self.metric_trunk(stem, modality),
         )
 
     def forward(self, vis: Tensor, ir: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,14 +9,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kglmatch.errors import ImageError, KGLMatchError
-from kglmatch.geometry import TransformKind, transform_points
+from kglmatch.errors import KGLMatchError
+from kglmatch.geometry import TransformKind
+from kglmatch.resampling import warp_image
 
 Verdict = Literal["registered", "doubtful", "failed"]
-
-_TILE = 8192  # pixels of the output that are warped at once
-_LARGEST = 32766  # pixels: the side of an image that OpenCV warps
-_MARGIN = 4  # pixels that interpolation reaches beyond
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +34,7 @@ class Registration:
         support: mean vote of windows for transforms fitted without them, about 0 to 3.
         agreement: mean share of other places that the network finds less alike than the right one;
             0.5 is chance.
-        matched: keypoint matches found without a prior that agree with the transform; 0 where structure
+        num_matches: keypoint matches found without a prior that agree with the transform; 0 where structure
             was enough, and none were looked for.
         vis_size, ir_size: (width, height) in pixels.
     """
@@ -53,12 +50,12 @@ class Registration:
     inliers: NDArray[np.bool_]
     support: float
     agreement: float
-    matched: int
+    num_matches: int
     vis_size: tuple[int, int]
     ir_size: tuple[int, int]
 
     @property
-    def residual(self) -> float:
+    def median_residual(self) -> float:
         """Median residual of the inliers in pixels; NaN without any."""
         return float(np.median(self.residuals[self.inliers])) if self.inliers.any() else float("nan")
 
@@ -93,7 +90,7 @@ class Registration:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, without the single places; NaN becomes None."""
-        residual = self.residual
+        residual = self.median_residual
         return {
             "verdict": self.verdict,
             "confidence": round(self.confidence, 4),
@@ -101,10 +98,10 @@ class Registration:
             "transform": None if self.transform is None else self.transform.tolist(),
             "places": len(self.keypoints_vis),
             "inliers": int(self.inliers.sum()),
-            "residual": None if np.isnan(residual) else round(residual, 3),
+            "median_residual": None if np.isnan(residual) else round(residual, 3),
             "support": round(self.support, 4),
             "agreement": round(self.agreement, 4),
-            "matched": self.matched,
+            "num_matches": self.num_matches,
             "vis_size": list(self.vis_size),
             "ir_size": list(self.ir_size),
         }
@@ -172,79 +169,3 @@ class BandRegistration:
     name: str
     registration: Registration
     via: str | None = None
-
-
-def warp_image(
-    image: NDArray[Any],
-    transform: NDArray[np.floating],
-    size: tuple[int, int],
-    *,
-    nodata: float = 0,
-    interpolation: int = cv2.INTER_CUBIC,
-) -> NDArray[Any]:
-    """Resamples an image into the frame that a transform starts from; the type is kept.
-
-    Args:
-        image: (H, W) or (H, W, C), 8- or 16-bit or float.
-        transform: (3, 3) from output to input pixels.
-        size: (width, height) of the output.
-        nodata: value where the image does not reach.
-
-    Raises:
-        ImageError: an image over 32,766 pixels wide or high that is shrunk too much by the transform.
-    """
-    kind = image.dtype
-    # OpenCV resamples these types only (and cuts off what a float64 has behind its point).
-    direct = kind in (np.uint8, np.uint16, np.int16, np.float32)
-    source = image if direct else image.astype(np.float32)
-    moved = np.empty((size[1], size[0], *image.shape[2:]), source.dtype)
-    for top in range(0, size[1], _TILE):
-        for left in range(0, size[0], _TILE):
-            rows, columns = slice(top, top + _TILE), slice(left, left + _TILE)
-            moved[rows, columns] = _warp_tile(
-                source, transform, (left, top), moved[rows, columns].shape[:2], nodata, interpolation
-            )
-    if direct:
-        return moved
-    if np.issubdtype(kind, np.integer):
-        limits = np.iinfo(kind)
-        moved = np.clip(np.rint(moved), limits.min, limits.max)
-    return moved.astype(kind)
-
-
-def _warp_tile(
-    image: NDArray[Any],
-    transform: NDArray[np.floating],
-    corner: tuple[int, int],
-    shape: tuple[int, ...],
-    nodata: float,
-    interpolation: int,
-) -> NDArray[Any]:
-    """A part (h, w) of the output of `warp_image`, whose upper left pixel is `corner`, from what it needs."""
-    height, width = shape
-    to_output = np.array([[1, 0, corner[0]], [0, 1, corner[1]], [0, 0, 1.0]])
-    transform = transform @ to_output
-    frame = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float64)
-    depth = frame @ transform[2, :2] + transform[2, 2]
-    low, high = np.zeros(2, np.int64), np.array(image.shape[1::-1])
-    if depth.min() > 0 or depth.max() < 0:  # else the tile reaches to infinity
-        needed = transform_points(transform, frame)
-        low = np.clip(np.floor(needed.min(axis=0)) - _MARGIN, 0, high - 1).astype(np.int64)
-        high = np.clip(np.ceil(needed.max(axis=0)) + _MARGIN, low + 1, high).astype(np.int64)
-    part = image[low[1] : high[1], low[0] : high[0]]
-    if max(part.shape[:2]) > _LARGEST:
-        raise ImageError(
-            f"cannot warp: {width} x {height} pixels need {part.shape[1]} x {part.shape[0]} of the other "
-            f"image, and OpenCV takes at most {_LARGEST} a side; shrink that image first"
-        )
-    transform = np.array([[1, 0, -low[0]], [0, 1, -low[1]], [0, 0, 1.0]]) @ transform
-    flags = interpolation | cv2.WARP_INVERSE_MAP
-    moved = cv2.warpPerspective(
-        part, transform, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE
-    )
-    # Not by OpenCV's border value, which is mixed into the pixels beside it.
-    inside = np.full(part.shape[:2], 255, np.uint8)
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    covered = cv2.warpPerspective(inside, transform, (width, height), flags=flags)
-    moved[covered < 255] = nodata
-    return moved.reshape(height, width, *image.shape[2:])

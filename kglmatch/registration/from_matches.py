@@ -9,18 +9,16 @@ are then fitted together. Structure refines that where it has support and the ma
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from kglmatch.geometry import TransformKind, fit_robustly, transform_points
-from kglmatch.registration import LEAST_SUPPORT, Alignment, refine
+from kglmatch.patch_matcher import PatchMatcher
+from kglmatch.registration.align import LEAST_SUPPORT, Alignment, refine
 from kglmatch.resampling import enlarge, resize_between, shrink
-
-if TYPE_CHECKING:
-    from kglmatch.matcher import Matcher
 
 Image = NDArray[np.float32]
 Matrix = NDArray[np.float64]
@@ -41,7 +39,7 @@ _SLACK = 1.1  # a limit is not overrun by the noise of a match
 
 
 def align_by_matches(
-    matcher: Matcher,
+    matcher: PatchMatcher,
     vis: Image,
     ir: Image,
     *,
@@ -59,7 +57,7 @@ def align_by_matches(
             similarity to the matches.
 
     Returns:
-        the alignment, with `matched` set; None where fewer than 10 matches agree, or what they agree on
+        the alignment, with `num_matches` set; None where fewer than 10 matches agree, or what they agree on
         lies outside the limits.
     """
     # Two cameras show either the same field of view, whatever their resolutions, or the same pixels.
@@ -92,8 +90,8 @@ def align_by_matches(
         residuals = best.residuals(transform)
         votes = near.astype(np.float64)
         alignment = Alignment(transform, wanted, best.points_vis, best.points_ir, votes, residuals, 0.0)
-    matched = int(best.agreeing(alignment.transform, _TOLERANCE).sum())
-    return dataclasses.replace(alignment, matched=matched)
+    num_matches = int(best.agreeing(alignment.transform, _TOLERANCE).sum())
+    return dataclasses.replace(alignment, num_matches=num_matches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +119,7 @@ class _Consensus:
 
 
 def _match(
-    matcher: Matcher, vis: Image, ir: Image, scale: float, upright: bool, translation: bool
+    matcher: PatchMatcher, vis: Image, ir: Image, scale: float, upright: bool, translation: bool
 ) -> _Consensus | None:
     """Matches images of which a visible pixel is as wide as `scale` ir pixels."""
     factor = min(1.0, _SIDE / max(vis.shape), _SIDE * scale / max(ir.shape), _MAX_ENLARGED * scale)

@@ -3,7 +3,7 @@
 Coarse to fine. First the whole images are correlated over a grid of rotations and scales, all shifts
 at once. The best few are then refined on a pyramid: windows of the visible image are correlated with
 their surroundings in the resampled other one, and one transform is fitted to all surfaces together
-(`kglmatch.surfaces`). What this finds, the network judges (`kglmatch.matcher`).
+(`kglmatch.registration.surfaces`). What this finds, the network judges (`kglmatch.matcher`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,17 @@ from kglmatch.geometry import (
     similarity_about,
     transform_points,
 )
+from kglmatch.registration.structure import GlobalCorrelator, correlate_windows, structure_maps
+from kglmatch.registration.surfaces import (
+    expand,
+    maximise_votes,
+    peaks,
+    smooth,
+    standardise,
+    starting_points,
+    votes,
+)
 from kglmatch.resampling import resample, resize_between, shrink
-from kglmatch.structure import GlobalCorrelator, correlate_windows, structure_maps
-from kglmatch.surfaces import climb, expand, peaks, smooth, standardise, starting_points, votes
 
 Image = NDArray[np.float32]
 Matrix = NDArray[np.float64]
@@ -86,8 +94,8 @@ class Alignment:
         votes: (P,) how clearly each window agrees, about 0 (not) to 3.
         residuals: (P,) ir pixels between the found and the predicted place.
         support: mean vote of windows for transforms that were fitted without them.
-        matched: keypoint matches that agree with it and were found without it (`kglmatch.consensus`); 0
-            where none were looked for.
+        num_matches: keypoint matches that agree with it and were found without it (`from_matches`); 0 where
+            none were looked for.
     """
 
     transform: Matrix
@@ -97,7 +105,7 @@ class Alignment:
     votes: Matrix
     residuals: Matrix
     support: float
-    matched: int = 0
+    num_matches: int = 0
 
 
 def align(
@@ -154,7 +162,7 @@ def align(
 def check_limits(kind: str, max_displacement: float | None, max_rotation: float, max_scale: float) -> None:
     """Raises `KGLMatchError` for a parameter of `align` that is out of range."""
     if kind != "auto" and kind not in TRANSFORMS:
-        raise KGLMatchError(f"transform must be one of {('auto', *TRANSFORMS)}, got {kind!r}")
+        raise KGLMatchError(f"kind must be one of {('auto', *TRANSFORMS)}, got {kind!r}")
     if max_displacement is not None and not 0 <= max_displacement < np.inf:
         raise KGLMatchError(f"max_displacement must be 0 pixels or more, got {max_displacement}")
     if not 0 <= max_rotation <= 180:
@@ -194,6 +202,22 @@ def refine(
     # Fine windows of a noisy sensor agree little where coarse ones agree well.
     support = max(_held_out(last, chosen, correction), _held_out(levels[0], "affine", None))
     return _finish(last, chosen, correction, support)
+
+
+def mean_vote(vis: Image, ir: Image, transform: Matrix) -> float | None:
+    """How clearly the finest structure of two images agrees with a transform as it is: about 0 (not) to 3.
+
+    Args:
+        vis, ir: (H, W) float32 grey.
+        transform: (3, 3) from visible to ir pixels.
+
+    Returns:
+        mean over the windows, or None if fewer than 8 are covered by both images.
+    """
+    level = make_level(vis, ir, transform, _pyramid(max(vis.shape))[-1], radius=6, across=14)
+    return (
+        None if level is None else float(votes(smooth(level.surfaces, 1.0), level.centres, np.eye(3)).mean())
+    )
 
 
 @dataclass(frozen=True)
@@ -411,7 +435,7 @@ def _fit(level: Level, kinds: Sequence[TransformKind], sigmas: Sequence[float]) 
     for start in starting_points(level.surfaces, level.centres, tolerance=1.5):
         correction = start
         for kind in kinds:
-            correction = climb(blurred, level.centres, kind, correction)
+            correction = maximise_votes(blurred, level.centres, kind, correction)
         vote = float(votes(blurred[-1], level.centres, correction).mean())
         if vote > best_vote:
             best, best_vote = correction, vote
@@ -430,13 +454,13 @@ def _choose_kind(level: Level, kind: str, correction: Matrix) -> tuple[Transform
     blurred = [smooth(level.surfaces, 0.5)]
     if kind != "auto":
         asked = cast(TransformKind, kind)
-        return asked, climb(blurred, level.centres, asked, correction)
+        return asked, maximise_votes(blurred, level.centres, asked, correction)
     chosen: TransformKind = "similarity"
     best = -1.0
     candidates: dict[TransformKind, Matrix] = {}
     for candidate in _CANDIDATES:
         start = correction if candidate != "similarity" else _nearest_similarity(level, correction)
-        candidates[candidate] = climb(blurred, level.centres, candidate, start)
+        candidates[candidate] = maximise_votes(blurred, level.centres, candidate, start)
         vote = _held_out(level, candidate, candidates[candidate])
         if vote > best * _KIND_GAIN:
             chosen, best = candidate, vote
@@ -470,7 +494,7 @@ def _held_out(level: Level, kind: TransformKind, start: Matrix | None) -> float:
     half = (cell + row) % 2 == 0
     total = 0.0
     for part in (half, ~half):
-        fitted = climb([b[part] for b in blurred], level.centres[part], kind, start)
+        fitted = maximise_votes([b[part] for b in blurred], level.centres[part], kind, start)
         total += float(votes(blurred[0][~part], level.centres[~part], fitted).sum())
     return total / len(level.centres)
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from kglmatch import __version__
 from kglmatch.errors import KGLMatchError, OutputError, WeightsError
+from kglmatch.models.files import list_pretrained
+from kglmatch.options import __version__
 
 # How long the Hub may take to answer, unless HF_HUB_ETAG_TIMEOUT says otherwise.
 TIMEOUT_SECONDS = 5
@@ -356,7 +357,5 @@ def _client_errors() -> tuple[type[Exception], ...]:
 
 
 def _bundled() -> str:
-    from kglmatch.pretrained import list_pretrained
-
     names = list_pretrained()
     return f" ({', '.join(names)})" if names else ""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from kglmatch.evaluation import ROC_GRID, MethodFigures, PatchReport
+from kglmatch.evaluation.patches import ROC_GRID, MethodFigures, PatchReport
 from kglmatch.images import save_image
 
 if TYPE_CHECKING:

@@ -90,7 +90,7 @@ def peaks(surfaces: Surfaces) -> tuple[Matrix, Matrix]:
     return at + np.clip(step, -0.7, 0.7), values
 
 
-def climb(
+def maximise_votes(
     levels: Sequence[Surfaces], centres: Matrix, kind: TransformKind, start: Matrix, *, iterations: int = 8
 ) -> Matrix:
     """Moves a transform uphill until the windows' votes rise no more (Levenberg-Marquardt).

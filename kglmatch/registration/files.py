@@ -18,7 +18,7 @@ from PIL import Image
 
 from kglmatch.errors import ImageError, KGLMatchError, OutputError
 from kglmatch.files import atomic_output
-from kglmatch.results import Registration
+from kglmatch.registration.results import Registration
 
 _ASCII, _SHORT, _LONG, _DOUBLE = 2, 3, 4, 12  # TIFF field types
 _BYTES = {_ASCII: 1, _SHORT: 2, _LONG: 4, _DOUBLE: 8}  # of one value

@@ -5,78 +5,36 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from kglmatch.config import KGLNetConfig
 from kglmatch.errors import ConfigError, WeightsError
 from kglmatch.files import atomic_output, make_folder
-from kglmatch.hub import HubOptions, download, parse_hub_name
+from kglmatch.models.card import ModelCard
+from kglmatch.models.config import KGLNetConfig
+from kglmatch.models.files import (
+    CARD_FILE,
+    CHECKSUMS_FILE,
+    CONFIG_FILE,
+    ENCODER_FILES,
+    GRAPH_FILES,
+    ONNX_FOLDER,
+    WEIGHTS_FILE,
+    ModelFiles,
+    list_pretrained,
+    read_bytes,
+    weights_root,
+)
+from kglmatch.models.hub import HubOptions, download, parse_hub_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from kglmatch.model_card import ModelCard
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-CARD_FILE = "README.md"
-ONNX_FOLDER = "onnx"
-DEFAULT_MODEL = "kglnet-vis-nir"
-
-# Lies beside the bundled models, in the form of `sha256sum`, so that a damaged installation is noticed.
-CHECKSUMS_FILE = "SHA256SUMS"
+# Its output lies beside the bundled models, so that a damaged installation is noticed.
 CHECKSUMS_COMMAND = f"sha256sum */{WEIGHTS_FILE} > {CHECKSUMS_FILE}"
 _SHA256 = re.compile("[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """Where a model's files are.
-
-    Attributes:
-        name: as it was asked for.
-        source: "bundled", "folder" or "hub".
-        config, weights: paths of `config.json` and `model.safetensors`.
-        repo_id, commit: of a model from the Hub, "owner/name" and the commit's hash; else None.
-    """
-
-    name: str
-    source: str
-    config: Path
-    weights: Path
-    repo_id: str | None = None
-    commit: str | None = None
-
-    @property
-    def origin(self) -> str:
-        """Where the model comes from, in words."""
-        if self.source == "bundled":
-            return "bundled with kglmatch"
-        if self.source == "folder":
-            return f"the local folder {self.config.parent}"
-        return f"{self.repo_id} on the Hugging Face Hub, commit {self.commit}"
-
-    @property
-    def card(self) -> Path:
-        """Path of the model card, which need not be there."""
-        return self.config.with_name(CARD_FILE)
-
-
-def weights_root() -> Path:
-    """The folder of the bundled models: inside the installed package, or `weights/` of a checkout."""
-    package = Path(__file__).resolve().parent
-    installed = package / "weights"
-    return installed if installed.is_dir() else package.parent / "weights"
-
-
-def list_pretrained() -> list[str]:
-    """Names of the models that come with the package."""
-    root = weights_root()
-    return sorted(path.parent.name for path in root.glob(f"*/{CONFIG_FILE}")) if root.is_dir() else []
 
 
 def resolve(name: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
@@ -84,7 +42,7 @@ def resolve(name: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
 
     Args:
         name: a bundled name, a folder, or "owner/name" or "owner/name@revision" on the Hub.
-        hub: see `kglmatch.hub.HubOptions`; of no meaning for bundled models and folders, except
+        hub: see `kglmatch.models.hub.HubOptions`; of no meaning for bundled models and folders, except
             that those have no `revision`.
 
     Raises:
@@ -125,9 +83,6 @@ def resolve_onnx(name: str | Path, **hub: Unpack[HubOptions]) -> Path:
     Raises:
         WeightsError: no such model, one without graphs, or what went wrong with the Hub.
     """
-    from kglmatch.backends.onnx import CHECKSUMS_FILE as ONNX_CHECKSUMS
-    from kglmatch.backends.onnx import ENCODER_FILES, NEEDED_FILES
-
     found = _find_local(name, hub.get("revision"))
     if isinstance(found, ModelFiles):
         folder = found.config.parent
@@ -138,7 +93,7 @@ def resolve_onnx(name: str | Path, **hub: Unpack[HubOptions]) -> Path:
             f"{name} has no ONNX graphs in {folder / ONNX_FOLDER}: write some by `kglmatch export --onnx`"
         )
     repo_id, hub["revision"] = found
-    files = [f"{ONNX_FOLDER}/{file}" for file in (*NEEDED_FILES, ONNX_CHECKSUMS)]
+    files = [f"{ONNX_FOLDER}/{file}" for file in (*GRAPH_FILES, CHECKSUMS_FILE)]
     return download(repo_id, files, **hub).folder / ONNX_FOLDER
 
 
@@ -211,10 +166,7 @@ def _read_safetensors(files: ModelFiles) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     path = files.weights
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
+    data = read_bytes(path)
     expected = _expected_sha256(files)
     if expected is not None and hashlib.sha256(data).hexdigest() != expected:
         raise WeightsError(f"{path} is damaged (its checksum differs): {_way_out(files)}")
@@ -268,7 +220,7 @@ def check_fit(state: Mapping[str, Tensor], config: KGLNetConfig, origin: str | P
     """
     import torch
 
-    from kglmatch.network import KGLNet
+    from kglmatch.models.network import KGLNet
 
     with torch.device("meta"):
         expected = {k: v.shape for k, v in KGLNet(config).state_dict().items()}
@@ -342,8 +294,6 @@ def save_card(
         OutputError: the folder cannot be written.
         WeightsError: the card of `source` cannot be read.
     """
-    from kglmatch.model_card import ModelCard
-
     if card is None and source is not None and source.card.is_file():
         try:
             card = source.card.read_text(encoding="utf-8")

@@ -3,30 +3,29 @@
 Two witnesses that go wrong in different ways. Structure says how many windows support a transform
 that was fitted without them. The network says whether patches at the same place are more alike than
 patches at different places: a mean share of 0.5 is chance. A pair is called registered only where both
-agree. Where they do not, the network proposes too (`kglmatch.consensus`): then the matches that it found
-without a prior, and that agree on one transform, take the place of structure.
+agree. Where they do not, the network proposes too (`from_matches`): then the matches that it found without a
+prior, and that agree on one transform, take the place of structure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kglmatch.consensus import LEAST, align_by_matches
 from kglmatch.errors import ImageError, KGLMatchError
 from kglmatch.features import to_numpy
 from kglmatch.geometry import TRANSFORMS, transform_points
 from kglmatch.matching import distance_from_cosine
+from kglmatch.patch_matcher import PatchMatcher
 from kglmatch.patches import extract_patches
-from kglmatch.registration import LEAST_SUPPORT, Alignment, align, displacement_field
-from kglmatch.results import BandRegistration, Registration, RegistrationCheck, Verdict, warp_image
-
-if TYPE_CHECKING:
-    from kglmatch.matcher import Matcher
+from kglmatch.registration.align import LEAST_SUPPORT, Alignment, align, displacement_field
+from kglmatch.registration.from_matches import LEAST, align_by_matches
+from kglmatch.registration.results import BandRegistration, Registration, RegistrationCheck, Verdict
+from kglmatch.resampling import warp_image
 
 Image = NDArray[np.float32]
 
@@ -61,30 +60,30 @@ def agreement(distances: NDArray[np.floating]) -> float:
     return float(farther / (2 * count * (count - 1)))
 
 
-def evidence(support: float, agreed: float, matched: int = 0) -> float:
+def evidence(support: float, agreed: float, num_matches: int = 0) -> float:
     """What the witnesses say together; short of "doubtful" where one that is needed says nothing."""
     lacking = max(LEAST_SUPPORT - support, _LEAST_AGREEMENT - agreed)
     total = agreed + _SUPPORT_WEIGHT * support
     total = min(total, _DOUBTFUL) - lacking if lacking > 0 else total
-    if matched < _DOUBTFUL_MATCHES or agreed < _LEAST_AGREEMENT:
+    if num_matches < _DOUBTFUL_MATCHES or agreed < _LEAST_AGREEMENT:
         return total
     step = (_REGISTERED - _DOUBTFUL) / (_REGISTERED_MATCHES - _DOUBTFUL_MATCHES)
-    return max(total, _DOUBTFUL + step * (matched - _DOUBTFUL_MATCHES))
+    return max(total, _DOUBTFUL + step * (num_matches - _DOUBTFUL_MATCHES))
 
 
-def confidence(support: float, agreed: float, matched: int = 0) -> float:
+def confidence(support: float, agreed: float, num_matches: int = 0) -> float:
     """In [0, 1]; 0.5 where the evidence just reaches what "registered" asks for."""
-    strength = (evidence(support, agreed, matched) - _REGISTERED) / (_REGISTERED - _DOUBTFUL)
+    strength = (evidence(support, agreed, num_matches) - _REGISTERED) / (_REGISTERED - _DOUBTFUL)
     return float(1 / (1 + np.exp(-np.clip(1.5 * strength, -30, 30))))
 
 
-def give_verdict(support: float, agreed: float, matched: int = 0) -> Verdict:
+def give_verdict(support: float, agreed: float, num_matches: int = 0) -> Verdict:
     """What the witnesses allow to say."""
-    total = evidence(support, agreed, matched)
+    total = evidence(support, agreed, num_matches)
     return "registered" if total >= _REGISTERED else "doubtful" if total >= _DOUBTFUL else "failed"
 
 
-def register(matcher: Matcher, vis: Image, ir: Image, **limits: Any) -> Registration:
+def register(matcher: PatchMatcher, vis: Image, ir: Image, **limits: Any) -> Registration:
     """`Matcher.register` on grey images (H, W) in [0, 1]; `limits` as for `registration.align`."""
     alternatives = align(vis, ir, **limits)[:_ALTERNATIVES]
     judged = [judge(matcher, vis, ir, alignment) for alignment in alternatives]
@@ -96,7 +95,7 @@ def register(matcher: Matcher, vis: Image, ir: Image, **limits: Any) -> Registra
     return max(judged, key=lambda r: r.confidence) if judged else _nothing_found(vis, ir)
 
 
-def judge(matcher: Matcher, vis: Image, ir: Image, alignment: Alignment) -> Registration:
+def judge(matcher: PatchMatcher, vis: Image, ir: Image, alignment: Alignment) -> Registration:
     """Lets the network look at patches that an alignment lays on each other."""
     size = matcher.config.patch_size
     height, width = vis.shape
@@ -117,11 +116,11 @@ def judge(matcher: Matcher, vis: Image, ir: Image, alignment: Alignment) -> Regi
         scores[rows] = matcher.score(features_vis, features_ir)
         cosine = to_numpy(features_vis.descriptors) @ to_numpy(features_ir.descriptors).T
         agreed = agreement(distance_from_cosine(cosine))
-    verdict = give_verdict(alignment.support, agreed, alignment.matched)
+    verdict = give_verdict(alignment.support, agreed, alignment.num_matches)
     failed = verdict == "failed"
     return Registration(
         verdict=verdict,
-        confidence=confidence(alignment.support, agreed, alignment.matched),
+        confidence=confidence(alignment.support, agreed, alignment.num_matches),
         transform=None if failed else alignment.transform,
         kind=None if failed else alignment.kind,
         keypoints_vis=alignment.points_vis.astype(np.float32),
@@ -131,7 +130,7 @@ def judge(matcher: Matcher, vis: Image, ir: Image, alignment: Alignment) -> Regi
         inliers=(alignment.votes > _INLIER_VOTE) & (alignment.residuals < _INLIER_RESIDUAL),
         support=alignment.support,
         agreement=agreed,
-        matched=alignment.matched,
+        num_matches=alignment.num_matches,
         vis_size=(width, height),
         ir_size=(ir.shape[1], ir.shape[0]),
     )
@@ -151,13 +150,13 @@ def _nothing_found(vis: Image, ir: Image) -> Registration:
         inliers=np.empty(0, bool),
         support=0.0,
         agreement=0.5,
-        matched=0,
+        num_matches=0,
         vis_size=(vis.shape[1], vis.shape[0]),
         ir_size=(ir.shape[1], ir.shape[0]),
     )
 
 
-def check(matcher: Matcher, vis: Image, ir: Image, *, max_displacement: float) -> RegistrationCheck:
+def check(matcher: PatchMatcher, vis: Image, ir: Image, *, max_displacement: float) -> RegistrationCheck:
     """`Matcher.check` on grey images (H, W) in [0, 1]."""
     if not 1 <= max_displacement <= 64:
         raise KGLMatchError(f"max_displacement must be in [1, 64] pixels, got {max_displacement}")
@@ -201,7 +200,7 @@ def check(matcher: Matcher, vis: Image, ir: Image, *, max_displacement: float) -
 
 
 def register_stack(
-    matcher: Matcher,
+    matcher: PatchMatcher,
     reference: Image,
     bands: Sequence[Image],
     *,
@@ -245,7 +244,7 @@ def _through(first: Registration, second: Registration) -> Registration:
         inliers=second.inliers,
         support=min(first.support, second.support),
         agreement=min(first.agreement, second.agreement),
-        matched=min(first.matched, second.matched),
+        num_matches=min(first.num_matches, second.num_matches),
         vis_size=first.vis_size,
         ir_size=second.ir_size,
     )

@@ -1,0 +1,13 @@
+from .errors import KGLMatchError as KGLMatchError
+from .features import Features as Features
+from .features import Matches as Matches
+from .images import load_image as load_image
+from .keypoints import detect_keypoints as detect_keypoints
+from .matcher import Matcher as Matcher
+from .models.config import KGLNetConfig as KGLNetConfig
+from .models.files import list_pretrained as list_pretrained
+from .options import __version__ as __version__
+from .patches import extract_patches as extract_patches
+from .registration.results import BandRegistration as BandRegistration
+from .registration.results import Registration as Registration
+from .registration.results import RegistrationCheck as RegistrationCheck

@@ -1,0 +1,27 @@
+"""Constants and defaults that the API and the commands share."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+BACKENDS = ("torch", "onnx")
+DTYPES = ("float32", "float16", "bfloat16")
+
+# What a match is decided by: both answers together, the metric head, or the descriptors.
+DECISIONS = ("fused", "metric", "descriptor")
+
+PATCH_SIZE = 64  # pixels, side of the patches that the bundled models take
+
+DEFAULT_MODEL = "kglnet-vis-nir"
+DEFAULT_DETECTOR = "structure"  # where a model names none
+DEFAULT_MAX_KEYPOINTS = 2048
+DEFAULT_TOP_K = 3
+DEFAULT_MIN_SCORE = 0.5
+DEFAULT_THRESHOLD = 3.0  # pixels, of the homography
+
+DEFAULT_MAX_ROTATION = 15.0  # degrees
+DEFAULT_MAX_SCALE = 1.25
+DEFAULT_CHECK_DISPLACEMENT = 16.0  # pixels
+# The bands of a rig are mounted side by side.
+DEFAULT_BAND_ROTATION = 5.0
+DEFAULT_BAND_SCALE = 1.1

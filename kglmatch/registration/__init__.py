@@ -1,0 +1,1 @@
+"""Registration of whole images: structure proposes a transform, the network judges it."""
