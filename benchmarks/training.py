@@ -3,9 +3,10 @@
     python benchmarks/training.py                       # CPU, 96 pairs a batch
     python benchmarks/training.py --device cuda --pairs 512 --precision bfloat16
     OMP_NUM_THREADS=1 python benchmarks/training.py --cpu-time     # a machine that others use, too
+    python benchmarks/training.py --pairs 4 --seconds 0 --eager    # one round, to see that it runs
 
-Both loops train the same network on the same scenes and run by turns in one process, so that what else
-the machine does falls on both. A step is everything from the scenes to the updated weights. Before the
+Both loops train the same network on the same scenes and take turns in one process, so that other load on
+the machine affects both. A step is everything from the scenes to the updated weights. Before the
 clock starts, both must give the same loss and the same gradients on one batch.
 
 The plain loop follows the description of the published one: each stem runs twice, once for each branch,
@@ -35,12 +36,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kglmatch.datasets import ScenePairs
+from kglmatch.models.config import KGLNetConfig
 from kglmatch.models.network import KGLNet
 from kglmatch.training import Augmentation, Batch, Trainer, TrainingConfig, losses, mining, objective
 from kglmatch.training.data import load_training_data
 
 MATRIX = {"cpu": 2048, "cuda": 8192}
-HARD_NEGATIVES_A_PAIR = 1
+NETWORK = KGLNetConfig()  # the published one
 Clock = Callable[[], float]
 
 
@@ -52,7 +54,7 @@ class PlainLoop:
 
     def __init__(self, scenes: ScenePairs, config: TrainingConfig, device: torch.device) -> None:
         self.scenes, self.config, self.device = scenes, config, device
-        self.net = KGLNet(config.network).to(device).train()
+        self.net = KGLNet(NETWORK).to(device).train()
         self.random = np.random.default_rng(config.seed)
         head = list(self.net.metric_head.parameters())
         ids = {id(p) for p in head}
@@ -85,7 +87,7 @@ class PlainLoop:
         map_vis, map_ir = self.map(vis, "vis"), self.map(ir, "ir")
         a, b = F.normalize(raw_vis, dim=1), F.normalize(raw_ir, dim=1)
         same = torch.eye(len(vis), dtype=torch.bool, device=vis.device)
-        mined = mining.hard_negatives(losses.descriptor_distances(a, b), same)
+        mined = mining.hard_negatives(losses.descriptor_distances(a, b), same)[:, 0]
         return (
             losses.hybrid_triplet_loss(a, b)
             + self.config.norm_weight * losses.norm_loss(raw_vis, raw_ir)
@@ -167,7 +169,7 @@ def check_same_gradients(plain: PlainLoop, trainer: Trainer) -> None:
     theirs = plain.loss(vis, ir)
     theirs.backward()
     # Eager: another batch size would be compiled for itself.
-    net = KGLNet(trainer.config.network).to(plain.device).train()
+    net = KGLNet(NETWORK).to(plain.device).train()
     net.load_state_dict(trainer.net.state_dict())
     same_place = torch.eye(8, dtype=torch.bool, device=plain.device)
     config = dataclasses.replace(trainer.config, precision="float32")
@@ -200,12 +202,12 @@ def matrix_products(device: torch.device, precision: str, clock: Clock) -> Calla
 
 def operations_a_pair(config: TrainingConfig) -> float:
     """Floating-point operations of a training step as we run it, a pair: forward, and twice as much back."""
-    pair, _ = multiplications(config.network)
-    alone = KGLNet(config.network).metric_head
-    head = alone.conv.weight.numel() * config.network.map_size**2 + sum(
+    pair, _ = multiplications(NETWORK)
+    alone = KGLNet(NETWORK).metric_head
+    head = alone.conv.weight.numel() * NETWORK.map_size**2 + sum(
         layer.weight.numel() for layer in (alone.fc1, alone.fc2, alone.fc3)
     )
-    return 3 * 2 * (pair + HARD_NEGATIVES_A_PAIR * head)
+    return 3 * 2 * (pair + (config.hard_negatives + config.random_negatives) * head)
 
 
 def main() -> None:
@@ -224,18 +226,19 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_scenes(folder)
+        write_scenes(folder, 2 if args.pairs < 16 else 6)
         config = TrainingConfig(
             data=str(folder),
             validation_images=1,
+            validation_pairs=100,
             batch_size=args.pairs,
             precision=args.precision,
             compile=not args.eager,
         )
         trainer = Trainer(config, folder / "run", device=args.device)
-        scenes, _ = load_training_data(config, config.network.patch_size)
+        (training,), _ = load_training_data(config, NETWORK.patch_size)
     device = trainer.device
-    plain = PlainLoop(scenes, config, device)
+    plain = PlainLoop(training.pairs, config, device)
     check_same_gradients(plain, trainer)
 
     def timed(task: Callable[[], object]) -> float:

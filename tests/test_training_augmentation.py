@@ -93,7 +93,7 @@ def test_some_rows_of_a_batch_are_those_of_the_whole(first):
         assert torch.allclose(a, b[rows], atol=1e-6)
 
 
-def test_a_shift_moves_the_content_by_so_many_pixels():
+def test_a_shift_moves_the_content_by_its_pixels():
     window = windows(1, 48)
     for x, y in ((0, 0), (3, 0), (0, -5), (-2, 4)):
         transform = torch.tensor([[[1.0, 0.0, x], [0.0, 1.0, y]]])

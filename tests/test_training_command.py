@@ -15,7 +15,7 @@ from kglmatch import training
 from kglmatch.cli import main
 from kglmatch.errors import ConfigError
 from kglmatch.models.config import KGLNetConfig
-from kglmatch.training import Augmentation, TrainingConfig
+from kglmatch.training import Augmentation, DataSource, TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "examples" / "training").glob("*.toml"))
@@ -95,6 +95,12 @@ def test_mistakes_are_one_line(folder, capsys):
         ("[augmentation]\nblur = -1", "blur must be a number of at least 0"),
         ("[network]\npatch_size = 60", "patch_size must be a positive multiple of 8"),
         ('[network]\npatch_size = "64"', "patch_size must be int"),
+        ("[network]\nwidth = 3", "[network] has unknown keys width"),
+        ("[network]\ninference = {}", "network.inference is measured by the run"),
+        ('trained = "trunk"', "trained must be one of all, metric_head"),
+        ("hard_negatives = 0", "the metric loss needs negatives"),
+        ('trained = "metric_head"\nmetric_weight = 0', "leaves nothing to train"),
+        ("negatives = 1", "unknown keys negatives"),
     ):
         Path("bad.toml").write_text(f'data = "data"\n{line}\n')
         said_by_us = message(capsys, "bad.toml", "-o", "run")
@@ -117,15 +123,22 @@ def test_mistakes_are_one_line(folder, capsys):
 
 def test_a_config_survives_its_own_dictionary():
     config = TrainingConfig(
-        data="x", negatives="both", augmentation=Augmentation(blur=0.5), network=KGLNetConfig(split_after=2)
+        data="x", random_negatives=1, augmentation=Augmentation(blur=0.5), network={"split_after": 2}
     )
     assert TrainingConfig.from_dict(config.to_dict()) == config
+    assert config.network_config(KGLNetConfig()).split_after == 2
+    several = dataclasses.replace(config, data=(DataSource("a", 2.0), DataSource("b", 1, 0, simulated=True)))
+    assert TrainingConfig.from_dict(several.to_dict()) == several
+    assert several.sources == several.data and config.sources == (DataSource("x"),)
 
 
 def test_the_defaults_are_the_papers():
     config = TrainingConfig(data="x")
     assert (config.margin, config.alpha, config.norm_weight) == (1.2, 2.0, 0.1)
-    assert (config.guided_weight, config.metric_weight, config.negatives) == (1.0, 1.0, "hard")
+    assert (config.guided_weight, config.metric_weight) == (1.0, 1.0)
+    assert (config.hard_negatives, config.random_negatives) == (1, 0)
+    assert config.trained == "all" and config.metric_loss_trains_trunk
+    assert config.network_config(KGLNetConfig()) == KGLNetConfig()  # of its own trunks, with FRN
     assert (config.learning_rate, config.metric_head_learning_rate, config.batch_size) == (5e-3, 5e-5, 256)
 
 
@@ -147,7 +160,7 @@ def test_there_are_recipes():
 
 
 def test_every_setting_is_described():
-    for cls in (TrainingConfig, Augmentation):
+    for cls in (TrainingConfig, DataSource, Augmentation):
         for field in dataclasses.fields(cls):
             assert field.name in (cls.__doc__ or ""), field.name
     with pytest.raises(ConfigError, match="seed must be below"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kglmatch.errors import DataError
 from kglmatch.training import losses, mining
 
 
@@ -80,27 +81,63 @@ def test_feature_guided_loss_pulls_both_branches_together():
     assert torch.allclose(a.grad, -b.grad) and a.grad.abs().sum() > 0
 
 
-def test_metric_loss_counts_every_pair_alike():
+def test_metric_loss_weighs_matching_and_other_pairs_alike():
     positive, negative = torch.tensor([2.0, -1.0]), torch.tensor([0.5, -3.0, 0.0, 1.0])
-    probability = torch.sigmoid(torch.cat([positive, negative]))
-    expected = -(probability[:2].log().sum() + (1 - probability[2:]).log().sum()) / 6
+    expected = -(torch.sigmoid(positive).log().sum() / 2 + (1 - torch.sigmoid(negative)).log().sum() / 4) / 2
     assert losses.metric_loss(positive, negative).item() == pytest.approx(expected.item(), rel=1e-6)
+    # With one negative a pair it is the plain mean over all pairs, which is the published loss.
+    logits, labels = torch.cat([positive, negative[:2]]), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    published = F.binary_cross_entropy_with_logits(logits, labels)
+    assert losses.metric_loss(positive, negative[:2]).item() == pytest.approx(published.item(), rel=1e-6)
 
 
 def test_hard_negatives_are_the_nearest_of_another_place():
     distances = torch.tensor([[0.1, 0.5, 0.3, 0.9], [0.2, 0.1, 0.6, 0.7], [1.0, 0.9, 0.0, 0.8], [0.4] * 4])
     same = diagonal(4)
     same[0, 2] = same[2, 0] = True
-    assert mining.hard_negatives(distances, same).tolist() == [1, 0, 3, 0]
+    assert mining.hard_negatives(distances, same).tolist() == [[1], [0], [3], [0]]
+
+
+def test_several_hard_negatives_come_nearest_first():
+    distances = torch.tensor(
+        [[0.1, 0.5, 0.3, 0.9], [0.2, 0.1, 0.6, 0.7], [1.0, 0.9, 0.0, 0.8], [0.4, 0.3, 0.2, 0]]
+    )
+    assert mining.hard_negatives(distances, diagonal(4), 2).tolist() == [[2, 1], [0, 2], [3, 1], [2, 1]]
+    assert mining.hard_negatives(distances, diagonal(4), 3)[0].tolist() == [2, 1, 3]
+    assert mining.hard_negatives(distances, diagonal(4), 0).shape == (4, 0)
+    assert mining.random_negatives(diagonal(4), 0).shape == (4, 0)
+    assert mining.hard_negatives(distances[:0, :0], diagonal(0), 2).shape == (0, 2)
+
+
+def test_several_random_negatives_do_not_repeat():
+    drawn = mining.random_negatives(diagonal(5), 4, torch.Generator().manual_seed(0))
+    assert [sorted(row) for row in drawn.tolist()] == [[j for j in range(5) if j != i] for i in range(5)]
+
+
+def test_too_few_patches_of_other_places_are_an_error_and_never_labelled_negative():
+    distances, same = torch.rand(3, 3) + 0.1, diagonal(3)
+    same[1] = True  # every patch shows the place of the second
+    for mine in (
+        lambda count: mining.hard_negatives(distances, same, count),
+        lambda count: mining.random_negatives(same, count),
+    ):
+        with pytest.raises(DataError, match=r"has 0 others of another place .* and 1 negatives") as error:
+            mine(1)
+        assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match=r"has 2 others .* and 3 negatives"):
+        mining.random_negatives(diagonal(3), 3)
+    # Descriptors that coincide are taken for one place, and so they leave none either.
+    with pytest.raises(DataError, match="has 0 others"):
+        mining.hard_negatives(torch.zeros(3, 3), diagonal(3))
 
 
 def test_random_negatives_are_of_another_place_and_all_of_them_come():
     same = diagonal(6)
     same[0, 1:4] = True
     drawn = torch.stack(
-        [mining.random_negatives(same, torch.Generator().manual_seed(seed)) for seed in range(60)]
+        [mining.random_negatives(same, 1, torch.Generator().manual_seed(seed))[:, 0] for seed in range(60)]
     )
     for row in range(6):
         assert set(drawn[:, row].tolist()) == set((~same[row]).nonzero().flatten().tolist())
-    again = mining.random_negatives(same, torch.Generator().manual_seed(3))
-    assert again.tolist() == drawn[3].tolist()
+    again = mining.random_negatives(same, 1, torch.Generator().manual_seed(3))
+    assert again[:, 0].tolist() == drawn[3].tolist()

@@ -91,7 +91,7 @@ def test_mined_negatives_and_distances_are_those_of_the_published_code(step, pub
     vis, ir = (F.normalize(raw, dim=1) for raw in step[2]["descriptor_head"])
     distances = losses.descriptor_distances(vis, ir)
     mined = mining.hard_negatives(distances, published_batch[0].same_place)
-    assert mined.tolist() == published["hardest_ir_index"]
+    assert mined.flatten().tolist() == published["hardest_ir_index"]
     assert distances.diagonal().mean().item() == pytest.approx(published["dist_pos"], rel=1e-4)
 
 
@@ -172,11 +172,16 @@ def test_each_choice_of_negatives_is_what_the_metric_head_sees(monkeypatch):
     net, batch = small_net(), small_batch(pairs=6)
     seen = []
     net.metric_head.register_forward_hook(lambda module, args, output: seen.append(args))
-    monkeypatch.setattr(mining, "hard_negatives", lambda distances, same: torch.arange(6).roll(1))
-    monkeypatch.setattr(mining, "random_negatives", lambda same, generator: torch.arange(6).roll(2))
+
+    def rolled(first, count):
+        return torch.stack([torch.arange(6).roll(first + i) for i in range(3)], 1)[:, :count]
+
+    monkeypatch.setattr(mining, "hard_negatives", lambda distances, same, count: rolled(1, count))
+    monkeypatch.setattr(mining, "random_negatives", lambda same, count, generator: rolled(4, count))
     maps = net.branches(batch.vis, "vis").metric_map, net.branches(batch.ir, "ir").metric_map
-    for negatives, columns in (("hard", [1]), ("random", [2]), ("both", [1, 2])):
-        objective(net, batch, dataclasses.replace(PAPER, negatives=negatives))
+    for hard_count, random_count, columns in ((1, 0, [1]), (0, 1, [4]), (1, 1, [1, 4]), (3, 1, [1, 2, 3, 4])):
+        counts = {"hard_negatives": hard_count, "random_negatives": random_count}
+        objective(net, batch, dataclasses.replace(PAPER, **counts))
         vis, ir = (side.detach() for side in seen.pop())
         rows = torch.cat([torch.arange(6), *(torch.arange(6).roll(by) for by in columns)])
         assert torch.allclose(vis, maps[0].repeat(1 + len(columns), 1, 1, 1), atol=1e-6)
@@ -185,13 +190,52 @@ def test_each_choice_of_negatives_is_what_the_metric_head_sees(monkeypatch):
 
 def test_random_negatives_depend_on_seed_and_step_alone():
     net, batch = small_net(), small_batch(pairs=8)
-    config = dataclasses.replace(PAPER, negatives="random")
+    config = dataclasses.replace(PAPER, hard_negatives=0, random_negatives=1)
 
     def metric(step, seed=0):
         return objective(net, batch, dataclasses.replace(config, seed=seed), step).metric.item()
 
     assert metric(3) == metric(3)
     assert len({metric(3), metric(4), metric(3, seed=1)}) == 3
+
+
+def test_the_metric_head_alone_is_trained_where_the_config_says_so():
+    net, batch = small_net(), small_batch()
+    net.eval()
+    alone = objective(net, batch, dataclasses.replace(PAPER, trained="metric_head", metric_weight=2.0))
+    assert alone.descriptor.item() == 0 == alone.guided.item()
+    assert alone.total.item() == pytest.approx(2 * objective(net, batch, PAPER).metric.item(), rel=1e-5)
+    head = {name for name, _ in net.named_parameters() if name.startswith("metric_head.")}
+    assert set(gradients(net, alone)) == head
+
+
+@pytest.mark.parametrize("metric_trunk", ["own", "descriptor"])
+def test_the_metric_loss_stops_at_the_maps_where_the_config_says_so(metric_trunk):
+    net, batch = small_net(metric_trunk=metric_trunk), small_batch()
+    held = dataclasses.replace(PAPER, metric_loss_trains_trunk=False)
+
+    def of_the_metric_loss(config):
+        net.zero_grad()
+        objective(net, batch, config).metric.backward()
+        return {name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+
+    assert of_the_metric_loss(held) and all(
+        name.startswith("metric_head.") for name in of_the_metric_loss(held)
+    )
+    assert any(name.startswith("stem.") for name in of_the_metric_loss(PAPER))
+    # The number is the same, and what the other losses train they train still.
+    assert objective(net, batch, held).metric.item() == objective(net, batch, PAPER).metric.item()
+    assert set(gradients(net, objective(net, batch, held))) == {name for name, _ in net.named_parameters()}
+
+
+@pytest.mark.parametrize("head_norm", ["frn", "none"])
+def test_a_head_on_the_descriptor_trunk_has_no_guided_loss_and_trains(head_norm):
+    net, batch = small_net(metric_trunk="descriptor", head_norm=head_norm), small_batch()
+    terms = objective(net, batch, PAPER)
+    assert terms.guided.item() == 0 and terms.metric.item() > 0
+    assert set(gradients(net, terms)) == {name for name, _ in net.named_parameters()}
+    torch.optim.SGD(net.parameters(), 1e-5).step()
+    assert objective(net, batch, PAPER).total.item() < terms.total.item()
 
 
 def test_weights_and_margin_reach_the_total():

@@ -40,11 +40,12 @@ def settings(folder, **changes):
             "learning_rate": 2e-3,
             "metric_head_learning_rate": 1e-3,
             "warmup_steps": 1,
-            "negatives": "both",
+            "hard_negatives": 1,
+            "random_negatives": 1,
             "compile": False,
             "validate_every": 2,
             "log_every": 1,
-            "network": KGLNetConfig(patch_size=16, descriptor_dim=8),
+            "network": {"patch_size": 16, "descriptor_dim": 8},
             **changes,
         }
     )
@@ -54,7 +55,7 @@ def one_step(config, processes):
     """Losses, gradients and batch norm statistics of one batch, by this process and its like."""
     training, _ = load_training_data(config, 16)
     torch.manual_seed(0)
-    net = KGLNet(config.network).train()
+    net = KGLNet(config.network_config(KGLNetConfig())).train()
     share_batch_norm(net, processes)
     batch = PatchSampler(
         training,

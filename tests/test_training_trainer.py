@@ -18,10 +18,26 @@ from thin_network import make_thin, write_image_pairs
 
 from kglmatch import Matcher
 from kglmatch.errors import BackendError, ConfigError, DataError, OutputError, WeightsError
+from kglmatch.evaluation.metrics import fpr_at_recall
+from kglmatch.fusion import fit_fusion, fuse
+from kglmatch.models import config as config_module
+from kglmatch.models import network as network_module
 from kglmatch.models.config import KGLNetConfig
-from kglmatch.training import Augmentation, StepLosses, Trainer, TrainingConfig, rate_factor, validate
+from kglmatch.models.pretrained import load_model, save_model
+from kglmatch.training import (
+    Augmentation,
+    DataSource,
+    StepLosses,
+    Trainer,
+    TrainingConfig,
+    rate_factor,
+    validate,
+)
 from kglmatch.training import trainer as trainer_module
 from kglmatch.training.run_folder import RunFolder, load_checkpoint
+from kglmatch.training.validation import answer, calibrated
+
+NETWORK = {"patch_size": 16, "descriptor_dim": 8}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,14 +68,14 @@ def config(data):
         metric_head_learning_rate=1e-3,
         schedule="decay",
         warmup_steps=2,
-        negatives="both",
+        random_negatives=1,
         ema_decay=0.5,
         compile=False,
         log_every=2,
         validate_every=3,
         checkpoint_every=2,
         augmentation=Augmentation(shift=1.0),
-        network=KGLNetConfig(patch_size=16, descriptor_dim=8),
+        network=dict(NETWORK),
     )
 
 
@@ -83,6 +99,7 @@ def assert_same_run(folder, other):
     """Two runs ended alike: weights, average, optimizer, best model and log, bit for bit."""
     ours, theirs = (load_checkpoint(f / "checkpoint.pt") for f in (folder, other))
     assert ours["step"] == theirs["step"] and ours["best"] == theirs["best"]
+    assert ours["best_inference"] == theirs["best_inference"] != {}
     for part in ("net", "average", "best_state"):
         assert all(torch.equal(ours[part][name], theirs[part][name]) for name in theirs[part]), part
     for ours_state, theirs_state in zip(
@@ -107,12 +124,20 @@ def test_a_run_writes_log_checkpoint_and_the_best_model(config, unbroken, data):
     assert [r["step"] for r in validations] == [3, 5]
     assert all(r["pairs_per_second"] > 0 and np.isfinite(r["total"]) for r in losses)
     assert losses[0]["rate"] == pytest.approx(config.learning_rate * 2 / 3)
-    chosen = min(validations, key=lambda r: trainer_module.merit(r["validation"]))
-    assert best == {"step": chosen["step"], **chosen["validation"]}
+
+    def merit(figures):
+        return sum(figures[f"{d}_fpr95"] + 100 * (1 - figures[f"{d}_auc"]) for d in ("descriptor", "metric"))
+
+    chosen = min(validations, key=lambda r: merit(r["validation"]))
+    expected = {"step": chosen["step"], "merit": merit(chosen["validation"]), **chosen["validation"]}
+    assert best == pytest.approx(expected)
+    assert validations[0]["sets"] == {data.name: validations[0]["validation"]}
     # The model is the average at that step, in a form that inference reads.
-    state = load_checkpoint(folder / "checkpoint.pt")["best_state"]
+    checkpoint = load_checkpoint(folder / "checkpoint.pt")
+    state = checkpoint["best_state"]
+    assert checkpoint["format"] == 3
     matcher = Matcher.from_pretrained(folder / "model", device="cpu")
-    assert matcher.config == config.network
+    assert matcher.config.architecture() == KGLNetConfig(**NETWORK).architecture()
     patches = np.zeros((2, 16, 16), np.uint8)
     assert matcher.describe(patches, "vis", maps=False).descriptors.shape == (2, 8)
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
@@ -120,7 +145,7 @@ def test_a_run_writes_log_checkpoint_and_the_best_model(config, unbroken, data):
 
 def test_training_lowers_the_loss(config, tmp_path):
     longer = dataclasses.replace(
-        config, steps=15, log_every=5, validate_every=15, checkpoint_every=15, learning_rate=3e-3
+        config, steps=12, log_every=4, validate_every=12, checkpoint_every=12, learning_rate=4e-3
     )
     Trainer(longer, tmp_path, device="cpu").train(progress=False)
     totals = [record["total"] for record in log_of(tmp_path) if "total" in record]
@@ -153,9 +178,62 @@ def test_validation_is_evaluation(config, unbroken, data):
     trainer = Trainer(config, folder, device="cpu")
     net = trainer.averaged_net
     net.load_state_dict(load_checkpoint(folder / "checkpoint.pt")["best_state"])
-    figures = validate(net, trainer.validation)
-    assert {"step": best["step"], **figures} == best
-    assert len(trainer.validation) == 40
+    found = validate(net, trainer.validation)
+    assert {"step": best["step"], "merit": found.merit, **found.mean} == pytest.approx(best)
+    (held_out,) = trainer.validation
+    assert held_out.vis.shape == (20, 16, 16) and held_out.partners.shape == (20, 6)
+    # The same by the evaluation's own means.
+    answers = answer(net, held_out)
+    assert answers.labels.tolist() == [True] * 20 + [False] * 120
+    assert found.mean["descriptor_fpr95"] == 100 * fpr_at_recall(-answers.distances, answers.labels)
+    assert found.mean["metric_fpr95"] == 100 * fpr_at_recall(answers.logits, answers.labels)
+
+
+def test_the_saved_model_decides_as_validation_found(config, tmp_path, monkeypatch):
+    # The matcher takes networks of the full width.
+    for name in ("BLOCK_CHANNELS", "MAP_CHANNELS"):
+        monkeypatch.setattr(network_module, name, getattr(config_module, name))
+    trainer = Trainer(dataclasses.replace(config, steps=2, validate_every=2), tmp_path, device="cpu")
+    best = trainer.train(progress=False)
+    inference = saved(tmp_path)["inference"]
+    assert set(inference) == {"fusion", "decide"}
+    errors = {d: best[f"{d}_fpr95"] + 100 * (1 - best[f"{d}_auc"]) for d in ("fused", "metric", "descriptor")}
+    assert errors[inference["decide"]] == min(errors.values())
+
+    # In float32: the kept weights through the matcher give validation's fused figures, pair by pair.
+    state = load_checkpoint(tmp_path / "checkpoint.pt")["best_state"]
+    save_model(tmp_path / "exact", state, KGLNetConfig(**NETWORK, inference=inference), half=False)
+    matcher = Matcher.from_pretrained(tmp_path / "exact", device="cpu")
+    (held_out,) = trainer.validation
+    vis, ir = matcher.describe(held_out.vis, "vis"), matcher.describe(held_out.ir, "ir")
+    rows_vis = np.tile(np.arange(20), 7)
+    rows_ir = np.concatenate([np.arange(20), held_out.partners.T.ravel()])
+    distances = np.linalg.norm(vis.descriptors[rows_vis] - ir.descriptors[rows_ir], axis=1)
+    fused = fuse(distances, matcher.score(vis[rows_vis], ir[rows_ir]), inference["fusion"])
+    raw = answer(trainer.averaged_net, held_out)  # as validation saw it, without calibration
+    fitted = fit_fusion(raw.distances, raw.logits, raw.labels)
+    np.testing.assert_allclose(fused, fuse(raw.distances, 1 / (1 + np.exp(-raw.logits)), fitted), atol=2e-3)
+    assert 100 * fpr_at_recall(fused, raw.labels) == pytest.approx(best["fused_fpr95"])
+    # Calibrated: fitted once more, the logit stays as it is.
+    trainer.averaged_net.load_state_dict(state)
+    assert validate(trainer.averaged_net, trainer.validation).calibration == pytest.approx((1, 0), abs=0.02)
+
+
+def test_a_calibrated_head_gives_factor_times_logit_plus_offset(config, tmp_path):
+    trainer = Trainer(config, tmp_path, device="cpu")
+    net, (held_out,) = trainer.averaged_net, trainer.validation
+    before = answer(net, held_out)
+    net.load_state_dict(calibrated(net.state_dict(), (3.0, -0.7)))
+    np.testing.assert_allclose(answer(net, held_out).logits, 3 * before.logits - 0.7, atol=1e-5)
+
+
+def test_a_head_that_ranks_worse_than_chance_is_not_turned_round(config, tmp_path):
+    trainer = Trainer(config, tmp_path, device="cpu")
+    net = trainer.averaged_net
+    factor, _ = validate(net, trainer.validation).calibration
+    net.load_state_dict(calibrated(net.state_dict(), (-1.0, 0.0)))
+    other, _ = validate(net, trainer.validation).calibration
+    assert sorted([factor == 1.0, other == 1.0]) == [False, True] and min(factor, other) > 0
 
 
 # --- kills ------------------------------------------------------------------------------------
@@ -200,7 +278,6 @@ def test_a_kill_at_any_moment_costs_nothing(config, unbroken, tmp_path, monkeypa
 
 def test_sigkill_and_resume_by_the_command(config, unbroken, tmp_path):
     values = config.to_dict()
-    values["network"] = {k: v for k, v in values["network"].items() if k != "inference"}
     path = tmp_path / "run.toml"
     path.write_text(toml(values))
     run = tmp_path / "run"
@@ -213,7 +290,7 @@ def test_sigkill_and_resume_by_the_command(config, unbroken, tmp_path):
     assert [path.name[:5] for path in run.glob(".*")] == [".tmp-"]
     assert load_checkpoint(run / "checkpoint.pt")["step"] == 2
     resumed = subprocess.run(command, env=environment, **options, check=True)
-    assert "going on from step 2" in resumed.stderr and f"{run / 'model'}: step" in resumed.stdout
+    assert "resuming from step 2" in resumed.stderr and f"{run / 'model'}: step" in resumed.stdout
     assert sorted(p.name for p in run.iterdir()) == ["checkpoint.pt", "log.jsonl", "model"]
     assert_same_run(run, unbroken[0])
 
@@ -269,7 +346,7 @@ def test_a_run_at_a_constant_rate_can_be_made_longer(config, tmp_path):
     assert all(torch.equal(ours["net"][name], theirs["net"][name]) for name in theirs["net"])
 
 
-def test_a_decay_branches_off_and_the_run_goes_on(config, tmp_path):
+def test_a_decay_branches_off_and_the_run_continues(config, tmp_path):
     constant = dataclasses.replace(config, schedule="constant", steps=4, validate_every=100)
     Trainer(constant, tmp_path / "run", device="cpu").train(progress=False)
     parent = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
@@ -457,11 +534,128 @@ def test_half_precision_trains(config, tmp_path):
 
 def test_a_run_starts_from_a_model(config, unbroken, tmp_path):
     folder, _ = unbroken
-    start = dataclasses.replace(
-        config, init=str(folder / "model"), network=KGLNetConfig(), learning_rate=1e-12, steps=1
-    )
+    start = dataclasses.replace(config, init=str(folder / "model"), network={}, learning_rate=1e-12, steps=1)
     trainer = Trainer(start, tmp_path, device="cpu")
-    assert trainer.net.config == config.network
+    assert trainer.net.config.architecture() == KGLNetConfig(**NETWORK).architecture()
     state = load_checkpoint(folder / "checkpoint.pt")["best_state"]
     for name, tensor in trainer.net.state_dict().items():
         assert torch.allclose(tensor.float(), state[name].float(), rtol=2e-3, atol=1e-4), name
+
+
+@pytest.fixture(scope="module")
+def parent(unbroken, tmp_path_factory):
+    """A model with everything that may be measured for it."""
+    weights, network = load_model(unbroken[0] / "model")
+    inference = {**network.inference, "detector": "fast"}
+    folder = tmp_path_factory.mktemp("parent")
+    save_model(folder, weights, dataclasses.replace(network, inference=inference))
+    return folder
+
+
+def saved(folder):
+    return json.loads((folder / "model" / "config.json").read_text())
+
+
+@pytest.mark.parametrize(("ir_kind", "detector"), [("lwir", {}), ("nir", {"detector": "fast"})])
+def test_a_fine_tuned_model_carries_what_was_measured_for_itself(config, parent, tmp_path, ir_kind, detector):
+    start = dataclasses.replace(config, init=str(parent), network={"ir_kind": ir_kind}, steps=1)
+    Trainer(start, tmp_path, device="cpu").train(progress=False)
+    ours = saved(tmp_path)
+    assert ours["ir_kind"] == ir_kind and ours["patch_size"] == 16
+    theirs = json.loads((parent / "config.json").read_text())["inference"]
+    assert set(ours["inference"]) == {"fusion", "decide", *detector}
+    assert ours["inference"].get("detector") == detector.get("detector")
+    assert ours["inference"]["fusion"] != theirs["fusion"]
+
+
+def test_another_metric_branch_starts_from_random_weights(config, parent, tmp_path):
+    weights, _ = load_model(parent)
+    for number, network in enumerate(({"metric_trunk": "descriptor"}, {"head_norm": "none"})):
+        start = dataclasses.replace(config, init=str(parent), network=network)
+        net = Trainer(start, tmp_path / str(number), device="cpu").net
+        for name, tensor in net.state_dict().items():
+            if name.startswith(("stem.", "descriptor_")):
+                assert torch.equal(tensor, weights[name]), name
+        assert not torch.equal(net.metric_head.fc1.weight, weights["metric_head.fc1.weight"])
+        assert (net.metric_trunk is None) == (number == 0)
+    for network, said in (
+        ({"split_after": 2}, "split_after 4 -> 2"),
+        ({"descriptor_dim": 9}, "descriptor_dim 8 -> 9"),
+        ({"patch_size": 32, "head_norm": "none"}, "patch_size 16 -> 32, head_norm 'frn' -> 'none'"),
+    ):
+        start = dataclasses.replace(config, init=str(parent), network=network)
+        with pytest.raises(ConfigError, match=said) as error:
+            Trainer(start, tmp_path / "none", device="cpu")
+        assert "\n" not in str(error.value)
+
+
+def test_training_the_metric_head_leaves_everything_else_bit_for_bit(config, parent, tmp_path):
+    start = dataclasses.replace(
+        config,
+        init=str(parent),
+        trained="metric_head",
+        network={"metric_trunk": "descriptor", "head_norm": "none"},
+        ema_decay=0.3,
+        max_gradient_norm=1.0,
+        hard_negatives=2,
+        steps=3,
+    )
+    trainer = Trainer(start, tmp_path, device="cpu")
+    before = {name: tensor.clone() for name, tensor in trainer.net.state_dict().items()}
+    weights, _ = load_model(parent)
+    assert before["descriptor_head.shared.norm.num_batches_tracked"] > 0
+    trainer.train(progress=False)
+    kept, _ = load_model(tmp_path / "model")
+    for state in (trainer.net.state_dict(), trainer.averaged_net.state_dict(), kept):
+        for name, tensor in before.items():
+            same = torch.equal(state[name], weights[name] if state is kept and name in weights else tensor)
+            if not name.startswith("metric_head."):
+                assert same, name
+        assert not torch.equal(state["metric_head.fc1.weight"], before["metric_head.fc1.weight"])
+    # The log has the rate of what is trained: 1e-3, and two of three warm-up steps.
+    assert log_of(tmp_path)[0]["rate"] == pytest.approx(1e-3 * 2 / 3)
+    with pytest.raises(ConfigError, match="same `trained`: 'metric_head' there, 'all' here"):
+        Trainer(config, tmp_path / "branch", device="cpu", decay_from=tmp_path)
+
+
+def test_the_average_counts_batches_as_the_network_does(config, tmp_path):
+    trainer = Trainer(config, tmp_path, device="cpu")
+    for _ in range(3):
+        trainer.one_step()
+    # Vis and ir, each step.
+    assert trainer.averaged_net.descriptor_head.shared.norm.num_batches_tracked == 6
+
+
+# --- several sources --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(config, data, tmp_path_factory):
+    """Two sources with the same last name, and a simulated one."""
+    other = tmp_path_factory.mktemp("other") / data.name
+    other.mkdir()
+    write_image_pairs(other, 3)
+    sources = (
+        DataSource(str(data), 2.0, 1),
+        DataSource(str(other), 1.0, 1),
+        DataSource(str(other), 1.0, 0, simulated=True),
+    )
+    return dataclasses.replace(config, data=sources, batch_size=8, steps=3)
+
+
+def test_a_run_of_several_sources_measures_each_and_survives_a_kill(several, data, tmp_path, monkeypatch):
+    Trainer(several, tmp_path / "whole", device="cpu").train(progress=False)
+    record = next(r for r in log_of(tmp_path / "whole") if "sets" in r)
+    assert list(record["sets"]) == [source.path for source in several.data[:2]]
+    first, second = record["sets"].values()
+    assert first != second
+    assert record["validation"] == pytest.approx({k: (first[k] + second[k]) / 2 for k in first})
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_checkpoint", dying(RunFolder.save_checkpoint, 1))
+        with pytest.raises(Killed):
+            Trainer(several, tmp_path / "again", device="cpu").train(progress=False)
+    Trainer(several, tmp_path / "again", device="cpu").train(progress=False)
+    assert_same_run(tmp_path / "again", tmp_path / "whole")
+    changed = dataclasses.replace(several, data=several.data[:2])
+    with pytest.raises(ConfigError, match=r"other settings \(data"):
+        Trainer(changed, tmp_path / "again", device="cpu")

@@ -4,7 +4,7 @@
 from kglmatch.training import Trainer, TrainingConfig
 
 config = TrainingConfig.from_toml("examples/training/vis-nir.toml", data="vis-nir/country")
-best = Trainer(config, "runs/nir").train()       # goes on where a killed run stopped
+best = Trainer(config, "runs/nir").train()       # resumes where a killed run stopped
 ```
 
 A batch flows one way: scenes -> `PatchSampler` -> `augment` -> `KGLNet.branches` -> `mining` ->

@@ -185,7 +185,7 @@ def draw_jitter(draws: Draws, settings: Augmentation) -> Tensor:
 
 
 def resample(windows: Tensor, transform: Tensor, patch_size: int) -> Tensor:
-    """Cuts patches out of windows by affine transforms, bilinear; outside, the border goes on.
+    """Cuts patches out of windows by affine transforms, bilinear; outside, the border continues.
 
     Args:
         windows: (N, 1, W, W).

@@ -25,7 +25,8 @@ class DataSource:
 
     Args:
         path: folder of registered image pairs, or a patch file (see
-            `kglmatch.datasets.find_patch_sources`); with `simulated` a folder of colour images.
+            `kglmatch.datasets.find_patch_sources`); with `simulated` a folder of colour images, best not
+            those of another source, whose held-out images they would show.
         weight: its share of the training pairs, relative to the other sources.
         validation_images: N images (of a patch file: pairs) at the end of the numbering are held out; 0 for
             none, which is all that a simulated source can have.
@@ -77,7 +78,7 @@ class TrainingConfig:
         warmup_steps: linear rise from zero, in every schedule but one-cycle.
         decay_fraction: share of the run, see "decay".
         margin, alpha: of the hybrid triplet loss.
-        norm_weight, guided_weight, metric_weight: factors of the losses beside the triplet loss;
+        norm_weight, guided_weight, metric_weight: factors of the losses other than the triplet loss;
             0 switches one off and computes none of it.
         hard_negatives, random_negatives: non-matching pairs that the metric head sees for each matching one:
             the N nearest by descriptor (HNSM-M with 1) and N random ones. Matching and non-matching pairs
@@ -152,11 +153,22 @@ class TrainingConfig:
             raise ConfigError("the metric loss needs negatives: set hard_negatives or random_negatives")
         if self.trained == "metric_head" and not self.metric_weight:
             raise ConfigError('trained = "metric_head" with metric_weight = 0 leaves nothing to train')
-        if not isinstance(self.data, str) and not any(source.validation_images for source in self.data):
+        if not isinstance(self.data, str):
+            self._check_sources()
+        self.network_config(KGLNetConfig())
+
+    def _check_sources(self) -> None:
+        sources: Any = self.data
+        if not isinstance(sources, tuple) or not all(isinstance(s, DataSource) for s in sources):
+            raise ConfigError(f"data must be a path or a tuple of DataSource, got {sources!r}")
+        if not any(source.validation_images for source in sources):
             raise ConfigError(
                 "no data source holds out validation images, and nothing would choose the model"
             )
-        self.network_config(KGLNetConfig())
+        kinds = [(source.path, source.simulated) for source in sources]
+        for path, simulated in kinds:
+            if kinds.count((path, simulated)) > 1:
+                raise ConfigError(f"{path} is listed twice as a data source; give it one weight")
 
     @property
     def sources(self) -> tuple[DataSource, ...]:

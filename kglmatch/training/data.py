@@ -84,12 +84,18 @@ def load_training_data(
         pairs, held_out = _load_source(source, config, patch_size)
         training.append(TrainingSet(_with_contrast(pairs, config.least_contrast), source.weight))
         if held_out is not None:
-            name = Path(source.path).resolve().name
-            validation.append(draw_validation(held_out, name, config))
+            validation.append(draw_validation(held_out, _set_name(source, config), config))
     for source, found in zip(config.sources, training, strict=True):
         if len(found.pairs) < 2:
             raise DataError(f"{source.path} leaves {len(found.pairs)} points to train on; 2 is the least")
     return training, validation
+
+
+def _set_name(source: DataSource, config: TrainingConfig) -> str:
+    """The last part of a source's path, or where two of them share it, the whole path."""
+    names = [Path(other.path).resolve().name for other in config.sources if other.validation_images]
+    name = Path(source.path).resolve().name
+    return name if names.count(name) == 1 else source.path
 
 
 def draw_validation(pairs: ScenePairs, name: str, config: TrainingConfig) -> ValidationSet:
@@ -148,7 +154,7 @@ def _cut(source: DataSource, count: int, what: str) -> int:
 
 
 def _load_colours(source: DataSource, config: TrainingConfig, patch_size: int) -> TrainingSet:
-    """A simulated source: the colour images of a folder; of NAME_rgb beside NAME_nir the first."""
+    """A simulated source: the colour images of a folder; those called NAME_nir are left out."""
     files = [path for path in image_files(source.path) if not path.stem.endswith("_nir")]
     scenes, colours = [], []
     for path in files:
@@ -173,7 +179,9 @@ def _read_colour(path: Path) -> NDArray[np.uint8]:
     pixels = read_image_raw(path)
     if pixels.dtype != np.uint8:
         raise DataError(f"{path}: a simulated sensor takes 8-bit images, got {pixels.dtype}")
-    return pixels[:, :, :3] if pixels.ndim == 3 and pixels.shape[2] >= 3 else np.dstack([pixels] * 3)
+    if pixels.ndim == 3 and pixels.shape[2] >= 3:
+        return pixels[:, :, :3]
+    return np.dstack([pixels if pixels.ndim == 2 else pixels[:, :, 0]] * 3)
 
 
 def _with_contrast(pairs: ScenePairs, least: float) -> ScenePairs:

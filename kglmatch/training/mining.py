@@ -21,7 +21,7 @@ def hard_negatives(distances: Tensor, same_place: Tensor, count: int = 1) -> Ten
         (N, K) int64 columns, nearest first.
 
     Raises:
-        DataError: a row with fewer than K patches that it may be told from.
+        DataError: a row with fewer than K patches that are of another place and have another descriptor.
     """
     distances = distances.detach()
     excluded = false_negatives(distances, same_place)
@@ -48,10 +48,14 @@ def random_negatives(same_place: Tensor, count: int = 1, generator: torch.Genera
 
 def _first(rank: Tensor, excluded: Tensor, count: int) -> Tensor:
     """Columns (N, count) of the lowest ranks of each row."""
-    least = int((~excluded).sum(1).min()) if len(rank) else count
+    if not count or not len(rank):
+        return torch.empty(len(rank), count, dtype=torch.int64, device=rank.device)
+    least = int((~excluded).sum(1).min())
     if least < count:
         raise DataError(
-            f"a patch of this batch has {least} others that show another place, and {count} negatives are "
-            "to be drawn; enlarge the batch, use more images, or ask for fewer negatives"
+            f"a patch of this batch has {least} others of another place and another descriptor, and {count} "
+            "negatives were asked for; enlarge the batch, use more images, or ask for fewer negatives"
         )
+    if count == 1:
+        return rank.argmin(1, keepdim=True)  # of equal ranks the first, as in the published code
     return rank.topk(count, dim=1, largest=False).indices

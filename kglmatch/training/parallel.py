@@ -55,7 +55,7 @@ class Processes:
         if self.size == 1:
             return x
         if x.dim() == 4:
-            # Maps travel as they lie in memory, channels last.
+            # Maps are sent in the order of their memory, channels last.
             rows = self.gather(x.permute(0, 2, 3, 1).flatten(1))
             return rows.view(-1, x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
         gathered: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
@@ -151,13 +151,12 @@ class _WholeBatchNorm(nn.BatchNorm2d):
 
 
 def share_batch_norm(net: nn.Module, processes: Processes) -> None:
-    """Lets every batch norm of a network see the rows of all processes. Names of parameters stay."""
+    """Lets every batch norm of a network see the rows of all processes. Its parameters stay."""
     if processes.size == 1:
         return
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.BatchNorm2d:
-                shared = _WholeBatchNorm(child.num_features)
-                shared.load_state_dict(child.state_dict())
-                shared.processes = processes
-                setattr(module, name, shared)
+    module: Any
+    for module in net.modules():
+        if type(module) is nn.BatchNorm2d:
+            # The module itself changes its class, so that the optimizer's parameters and the mode stay.
+            module.__class__ = _WholeBatchNorm
+            module.processes = processes  # type: ignore[assignment]

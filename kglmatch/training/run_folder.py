@@ -1,4 +1,4 @@
-"""What a run keeps on disk: `checkpoint.pt` to go on from, `log.jsonl` to look at, `model/` to use."""
+"""What a run keeps on disk: `checkpoint.pt` to resume from, `log.jsonl` to look at, `model/` to use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kglmatch.models.pretrained import save_model
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
 MODEL = "model"
-# Raised whenever a checkpoint of the version before could not be gone on from.
+# Raised whenever a run could not be resumed from a checkpoint of the version before.
 FORMAT = 3
 
 
@@ -98,6 +98,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise WeightsError(
             f"{path} is no checkpoint of this version of kglmatch; start a new run in another folder "
-            f"(`init` takes the {MODEL}/ folder beside it)"
+            f"(`init` takes the {MODEL}/ folder next to it)"
         )
     return state

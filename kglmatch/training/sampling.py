@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kglmatch.datasets import MIN_NEGATIVE_DISTANCE, PATCH_SIZE
+from kglmatch.datasets import MIN_NEGATIVE_DISTANCE
+from kglmatch.options import PATCH_SIZE
 from kglmatch.training.augmentation import Augmentation, Draws, augment
 from kglmatch.training.data import TrainingSet
 from kglmatch.training.parallel import ALONE, Processes
@@ -18,7 +19,7 @@ from kglmatch.training.simulation import simulate
 
 _STREAMS = ("augmentation", "negatives", "simulation")
 _PARTS = 2  # of a batch, each from one source, where there are several
-_SHARE_OF_MEMORY = 0.5  # of what is free on the GPU; the images may take so much of it
+_SHARE_OF_MEMORY = 0.5  # of what is free on the GPU that the images may take
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,15 @@ class Batch:
 
     @property
     def rows(self) -> slice:
-        """Where these pairs lie in the whole batch."""
+        """The rows of the whole batch that these pairs are."""
         return slice(self.first, self.first + len(self.vis))
 
 
 def step_generator(seed: int, step: int, stream: str, device: torch.device) -> torch.Generator:
     """Random numbers for one step that depend on nothing else; `stream` keeps their uses apart."""
-    words = np.random.SeedSequence((seed, step, _STREAMS.index(stream))).generate_state(1, np.uint64)
+    state = np.random.SeedSequence((seed, step, _STREAMS.index(stream))).generate_state(1, np.uint64)
     generator = torch.Generator(device)
-    generator.manual_seed(int(words[0] >> np.uint64(1)))
+    generator.manual_seed(int(state[0] >> np.uint64(1)))
     return generator
 
 
@@ -159,7 +160,8 @@ class PatchSampler:
         size = self.augmentation.window_size(self.patch_size)
         own = rows[self.own_rows]
         vis, ir = (self._windows(flat, self._offset[own], own, size) for flat in (self._vis, self._ir))
-        simulated = self._simulated[own]
+        # Without a simulated source nothing is asked of the GPU, which would have to wait.
+        simulated = self._simulated[own] if len(self._colour) else self._simulated[:0]
         if simulated.any():
             generator = step_generator(self.seed, step, "simulation", self.device)
             draws = Draws(generator, len(rows), self.own_rows)
@@ -217,7 +219,7 @@ class PatchSampler:
 
 
 def _fits(size: int, device: torch.device) -> bool:
-    """Whether so many bytes of images should lie on the device."""
+    """Whether images of `size` bytes should be kept on the device."""
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)

@@ -2,8 +2,8 @@
 
 Each patch gets a response of its own, a small random network of red, green and blue that may turn edges
 round or make them vanish, and a smooth field of "heat" that the visible image does not show. The pairs are
-registered exactly, and there is no end of them. What two sensors differ in besides (blur, noise, speckle)
-is `kglmatch.training.augmentation`'s.
+registered exactly, and there is no end of them. Other differences between sensors (blur, noise, speckle)
+are added by `kglmatch.training.augmentation`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from kglmatch.models.network import KGLNet
 from kglmatch.models.pretrained import load_model
 from kglmatch.training.batch_objective import objective
 from kglmatch.training.config import TrainingConfig
-from kglmatch.training.data import load_training_data
+from kglmatch.training.data import TrainingSet, load_training_data
 from kglmatch.training.parallel import join_processes, share_batch_norm
 from kglmatch.training.run_folder import CHECKPOINT, RunFolder, load_checkpoint
 from kglmatch.training.sampling import PatchSampler
@@ -29,7 +29,7 @@ from kglmatch.training.validation import calibrated, validate
 
 logger = logging.getLogger(__name__)
 
-# A time budget is divided by the pace of the first steps: so many, and so large a share of the budget;
+# A time budget is divided by the pace of the first steps: at least this many, and this share of the budget;
 # of these the very first compile, and are left out.
 _TIMED_STEPS = 12
 _COMPILING_STEPS = 2
@@ -41,9 +41,9 @@ _FREE_SETTINGS = ("compile", "log_every", "checkpoint_every")
 
 
 class Trainer:
-    """One run, in one folder: `checkpoint.pt` to go on from, `log.jsonl`, and `model/` to use.
+    """One run, in one folder: `checkpoint.pt` to resume from, `log.jsonl`, and `model/` to use.
 
-    A run that was killed goes on from its last checkpoint. On the CPU it ends with the weights of an
+    A run that was killed resumes from its last checkpoint. On the CPU it ends with the weights of an
     unbroken run, bit for bit: batches, augmentation and random negatives depend on the step alone, and
     the checkpoint holds the rest. On CUDA cuDNN is held to its deterministic algorithms.
 
@@ -57,7 +57,7 @@ class Trainer:
         decay_from: folder of another run, or its checkpoint. The new run starts from the other's whole
             state, and lets the rate fall to zero over `config.steps` more steps (schedule "cosine",
             no warm-up). Thus a run at a constant rate, whose end is not known, can be harvested at any
-            time, and goes on.
+            time, and continues.
 
     Raises:
         ConfigError: the folder's checkpoint belongs to other settings; `compile` without a compiler.
@@ -92,30 +92,25 @@ class Trainer:
             check_compiler(self.device)
 
         self.net = self._make_network(state)
-        network = self.net.config
-        # A network that is left as it is keeps its batch norm too.
-        self.net.train(config.trained == "all")
-        training, self.validation = load_training_data(config, network.patch_size)
-        self.sampler = PatchSampler(
-            training,
-            batch_size=config.batch_size,
-            patch_size=network.patch_size,
-            seed=config.seed,
-            min_distance=config.min_negative_distance,
-            augmentation=config.augmentation,
-            device=self.device,
-            processes=self.processes,
-        )
-        self.average = AveragedModel(
-            self.net,
-            multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay),  # type: ignore[no-untyped-call]
-            use_buffers=True,
-        )
+        training, self.validation = load_training_data(config, self.net.config.patch_size)
+        self.sampler = self._make_sampler(training)
+        self.average = AveragedModel(self.net, multi_avg_fn=_average_by(config.ema_decay), use_buffers=True)
         self._rates = (config.learning_rate, config.metric_head_learning_rate)
         self.optimizer = self._make_optimizer()
         self.scaler = torch.amp.GradScaler(
             self.device.type, init_scale=_FIRST_LOSS_SCALE, enabled=config.precision == "float16"
         )
+        self._start_at_zero()
+        if state is not None:
+            self._restore(state)
+        if self.processes.is_first:
+            self.folder.cut_log(self.step)
+        share_batch_norm(self.net, self.processes)
+        if config.compile:
+            compile_network(self.net)
+
+    def _start_at_zero(self) -> None:
+        """What a run counts and keeps apart from its weights, at its beginning."""
         self.step = self.first_step = 0
         self._fitted_steps: int | None = None  # length of the run, if a time budget has set it
         self._fitting = False
@@ -125,13 +120,6 @@ class Trainer:
         # Sums of the losses since the last line of the log, and over how many steps.
         self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         self._summed = 0
-        if state is not None:
-            self._restore(state)
-        if self.processes.is_first:
-            self.folder.cut_log(self.step)
-        share_batch_norm(self.net, self.processes)
-        if config.compile:
-            compile_network(self.net)
 
     @property
     def steps(self) -> int | None:
@@ -283,7 +271,7 @@ class Trainer:
                     "guided": guided,
                     "metric": metric,
                     "total": total,
-                    "rate": self.optimizer.param_groups[0]["lr"],
+                    "rate": next(g["lr"] for g in self.optimizer.param_groups if g["params"]),
                     "pairs_per_second": pairs / seconds,
                 }
             )
@@ -307,28 +295,24 @@ class Trainer:
                 self.best = {"step": float(self.step), "merit": found.merit, **found.mean}
                 state = {k: v.detach().to("cpu", copy=True) for k, v in net.state_dict().items()}
                 self._best_state = calibrated(state, found.calibration)
-                # The fusion is that of the calibrated logit.
-                factor, offset = found.calibration
-                logit = found.fusion["logit"] / factor
-                fusion = found.fusion | {"logit": logit, "bias": found.fusion["bias"] - logit * offset}
-                self._best_inference = {"fusion": fusion, "decide": found.decide}
+                self._best_inference = {"fusion": found.fusion, "decide": found.decide}
                 self._save_best()
         self._aside += time.perf_counter() - began
         return bool(self.processes.agree(int(improved), self.device))
 
     def _save_best(self) -> None:
         if self._best_state is not None:
-            # The detector is a matter of the sensors; what was fitted to the parent's answers is not kept.
+            # The detector depends on the sensors alone; what was fitted to the parent's answers is not kept.
             detector = {k: v for k, v in self.net.config.inference.items() if k == "detector"}
             config = dataclasses.replace(self.net.config, inference=detector | self._best_inference)
             self.folder.save_model(self._best_state, config)
 
-    def _say(self, words: str) -> None:
+    def _say(self, text: str) -> None:
         if self.processes.is_first:
-            logger.info(words)
+            logger.info(text)
 
     def save_checkpoint(self) -> None:
-        """Writes everything that the run needs to go on; a kill in the middle leaves the one before.
+        """Writes everything that the run needs to resume; a kill in the middle leaves the one before.
 
         Raises:
             DataError: the losses are not finite, and neither will the weights be.
@@ -357,6 +341,18 @@ class Trainer:
         self._aside += time.perf_counter() - began
 
     # --- where it starts ----------------------------------------------------------------------
+
+    def _make_sampler(self, training: list[TrainingSet]) -> PatchSampler:
+        return PatchSampler(
+            training,
+            batch_size=self.config.batch_size,
+            patch_size=self.net.config.patch_size,
+            seed=self.config.seed,
+            min_distance=self.config.min_negative_distance,
+            augmentation=self.config.augmentation,
+            device=self.device,
+            processes=self.processes,
+        )
 
     def _make_optimizer(self) -> torch.optim.Adam:
         head = list(self.net.metric_head.parameters())
@@ -398,9 +394,20 @@ class Trainer:
             if self.config.init:
                 _load_shared(net, weights, parent)
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return net.to(self.device).train()
+        # A network that is left as it is keeps its batch norm too.
+        return net.to(self.device).train(self.config.trained == "all")
 
     def _restore(self, state: dict[str, Any]) -> None:
+        """Takes over everything that a checkpoint holds.
+
+        Raises:
+            ConfigError: a branch of a run in which other weights were trained.
+        """
+        if state["config"]["trained"] != self.config.trained:
+            theirs, ours = state["config"]["trained"], self.config.trained
+            raise ConfigError(
+                f"decay_from needs a run with the same `trained`: {theirs!r} there, {ours!r} here"
+            )
         self.net.load_state_dict(state["net"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -432,7 +439,14 @@ def _load_shared(net: KGLNet, weights: Mapping[str, torch.Tensor], parent: KGLNe
         if not any(branch) or not key.startswith(("metric_trunk.", "metric_head."))
     }
     if any(key not in state or state[key].shape != value.shape for key, value in taken.items()):
-        raise ConfigError(f"the weights of `init` do not fit [network]: {parent} there, {ours} asked for")
+        there, asked = parent.architecture(), ours.architecture()
+        changes = ", ".join(
+            f"{key} {there[key]!r} -> {asked[key]!r}" for key in asked if asked[key] != there[key]
+        )
+        raise ConfigError(
+            f"the weights of `init` do not fit [network] ({changes}); only metric_trunk and head_norm "
+            "may change"
+        )
     net.load_state_dict(state | taken)
 
 
@@ -449,6 +463,20 @@ def _branch(path: Path) -> dict[str, Any]:
         "sums": torch.zeros_like(state["sums"]),
         "summed": 0,
     }
+
+
+def _average_by(decay: float) -> Callable[..., None]:
+    """The exponential average for `AveragedModel`; of whole numbers (batch norm's count) the last."""
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+
+    def update(averaged: list[torch.Tensor], current: list[torch.Tensor], count: Any) -> None:
+        if averaged[0].is_floating_point():
+            average(averaged, current, count)
+        else:
+            for kept, value in zip(averaged, current, strict=True):
+                kept.copy_(value)
+
+    return update
 
 
 def compile_network(net: KGLNet) -> None:

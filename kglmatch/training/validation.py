@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,9 +42,9 @@ class Validation:
         sets: for each validation set FPR95 in percent and the area under the ROC curve of each decision
             (`descriptor_fpr95`, `fused_auc`, ...).
         mean: their means, every set weighing the same.
-        fusion: descriptor distance and metric head in one answer (`kglmatch.fusion`).
+        fusion: descriptor distance and calibrated metric head in one answer (`kglmatch.fusion`).
         decide: the decision with the fewest errors.
-        calibration: factor and offset of the metric head's logit that make its score a probability.
+        calibration: factor (above 0) and offset of the metric head's logit that make its score a probability.
     """
 
     sets: dict[str, dict[str, float]]
@@ -71,12 +70,16 @@ def validate(net: KGLNet, sets: Sequence[ValidationSet]) -> Validation:
     distances, logits, labels = (
         np.concatenate([getattr(a, name) for a in answers]) for name in ("distances", "logits", "labels")
     )
-    fusion = fit_fusion(distances, logits, labels)
-    figures = {one.name: _figures(a, fusion) for one, a in zip(sets, answers, strict=True)}
+    factor, offset = calibration = _calibration(logits, labels)
+    fusion = fit_fusion(distances, factor * logits + offset, labels)
+    figures = {
+        one.name: _figures(a.distances, factor * a.logits + offset, a.labels, fusion)
+        for one, a in zip(sets, answers, strict=True)
+    }
     first = next(iter(figures.values()))
     mean = {key: float(np.mean([f[key] for f in figures.values()])) for key in first}
     decide = min(DECISIONS, key=lambda decision: _errors(mean, decision))
-    return Validation(figures, mean, fusion, decide, fit_calibration(logits, labels))
+    return Validation(figures, mean, fusion, decide, calibration)
 
 
 @torch.inference_mode()
@@ -121,16 +124,32 @@ def calibrated(state: dict[str, torch.Tensor], calibration: tuple[float, float])
     return state | {"metric_head.fc3.weight": weight * factor, "metric_head.fc3.bias": bias * factor + offset}
 
 
-def _figures(answers: Answers, fusion: dict[str, float]) -> dict[str, float]:
-    scores: dict[str, Any] = {
-        "descriptor": -answers.distances,
-        "metric": answers.logits,
-        "fused": fuse(answers.distances, 1 / (1 + np.exp(-answers.logits)), fusion),
+def _calibration(logits: NDArray[np.float64], labels: NDArray[np.bool_]) -> tuple[float, float]:
+    """Factor and offset of the logit; those of no change for a head that ranks worse than chance.
+
+    A negative factor would turn the head's ranking round, which is not what was validated.
+    """
+    factor, offset = fit_calibration(logits, labels)
+    return (factor, offset) if factor > 0 else (1.0, 0.0)
+
+
+def _figures(
+    distances: NDArray[np.float64],
+    logits: NDArray[np.float64],
+    labels: NDArray[np.bool_],
+    fusion: dict[str, float],
+) -> dict[str, float]:
+    """FPR95 and area under the curve of each decision, from distances and calibrated logits (M,)."""
+    scores = {
+        "descriptor": -distances,
+        "metric": logits,
+        # tanh does not overflow.
+        "fused": fuse(distances, 0.5 + 0.5 * np.tanh(logits / 2), fusion),
     }
     figures = {}
     for decision, score in scores.items():
-        figures[f"{decision}_fpr95"] = 100 * metrics.fpr_at_recall(score, answers.labels)
-        figures[f"{decision}_auc"] = metrics.roc_auc(score, answers.labels)
+        figures[f"{decision}_fpr95"] = 100 * metrics.fpr_at_recall(score, labels)
+        figures[f"{decision}_auc"] = metrics.roc_auc(score, labels)
     return figures
 
 
