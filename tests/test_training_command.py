@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,13 +61,25 @@ def test_trains_and_says_what_was_kept(folder, capsys):
     assert main([*argv, "--seed", "5"]) == 0
     out, err = capsys.readouterr()
     assert "run/model: step 3, FPR95 on the images held out: descriptor" in out and out.count("\n") == 1
+    assert "fused " in out and re.search(r"; decides by (fused|metric|descriptor)$", out.strip())
     assert "step 3: descriptor_fpr95" in err
     assert (folder / "run" / "model" / "model.safetensors").is_file()
     # Resumed with nothing left to do; --json says the same.
     assert main([*argv, "--seed", "5", "--json"]) == 0
     best = json.loads(capsys.readouterr().out)
     assert best["step"] == 3 and 0 <= best["metric_fpr95"] <= 100
+    inference = json.loads((folder / "run" / "model" / "config.json").read_text())["inference"]
+    assert best["decide"] == inference["decide"] and out.strip().endswith(best["decide"])
     assert "seed 5 -> 6" in message(capsys, *argv[1:], "--seed", "6")
+
+
+def test_one_path_takes_the_place_of_several_sources(folder, capsys):
+    tables = "".join(f'[[data]]\npath = "{name}"\nvalidation_images = 1\n' for name in ("none", "data"))
+    Path("several.toml").write_text(SMALL + tables)
+    argv = ["several.toml", "-o", "run", "--steps", "1", "--device", "cpu"]
+    assert "no such file or folder: none" in message(capsys, *argv)
+    assert main(["train", *argv, "--data", "data", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 1
 
 
 def test_a_branch_by_the_command(folder, capsys):

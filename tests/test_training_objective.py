@@ -128,6 +128,7 @@ def put_on_the_other_side(module, call, position):
     module.register_forward_pre_hook(mirror)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_published_code(parity, published, published_batch):
     net = published_net(parity, torch.float64)  # so that no other value is rounded to another side
     for name, call, position in ROUNDED:

@@ -114,9 +114,8 @@ def test_same_place_is_exact_far_from_the_first_pixel():
     # 7.81 and 8.06 apart are told apart; matrix products of float32 do not.
     assert (apart == 8).any() and ((apart > 7.7) & (apart < 8)).any() and ((apart > 8) & (apart < 8.3)).any()
     floats = torch.from_numpy(points[order]).float()
-    assert not np.array_equal(
-        (torch.cdist(floats, floats, compute_mode="use_mm_for_euclid_dist") < 8).numpy(), apart < 8
-    )
+    by_products = torch.cdist(floats, floats, compute_mode="use_mm_for_euclid_dist")
+    assert not np.array_equal((by_products < 8).numpy(), apart < 8)
 
 
 def test_a_window_beyond_the_image_repeats_its_edge():
@@ -292,13 +291,7 @@ def mixed(scenes):
     """A real source, and a simulated one of colour images."""
     rng = np.random.default_rng(1)
     colours = tuple(
-        np.stack(
-            [
-                grey(texture(scene.vis.shape[1], scene.vis.shape[0], seed))
-                for seed in rng.integers(99, size=3)
-            ],
-            2,
-        )
+        np.stack([grey(texture(*scene.vis.shape[::-1], seed)) for seed in rng.integers(99, size=3)], 2)
         for scene in scenes.scenes
     )
     greys = [cv2.cvtColor(colour, cv2.COLOR_RGB2GRAY) for colour in colours]
@@ -340,7 +333,7 @@ def test_a_simulated_source_shows_grey_and_what_no_camera_saw(mixed):
     difference = np.abs(vis[simulated].astype(int) - ir[simulated]).mean(axis=(1, 2))
     assert difference.min() > 5 and ir[simulated].std(axis=(1, 2)).min() > 5
     # Another time the same place is seen by another sensor.
-    places = {row: patch for row, patch in zip(rows[simulated], ir[simulated], strict=True)}
+    places = dict(zip(rows[simulated], ir[simulated], strict=True))
     for step in range(3, 30):
         for row, patch in zip(drawn.rows(step), (drawn.batch(step).ir[:, 0] * 255).numpy(), strict=True):
             if row in places:
@@ -373,7 +366,8 @@ def test_a_simulated_source_is_a_folder_of_images(folder, tmp_path_factory, chan
     colours = tmp_path_factory.mktemp("colours")
     planes = np.stack([grey(texture(100, 90, seed=i)) for i in range(4)], 2)
     shown = {"grey": planes[:, :, 0], "grey-alpha": planes[:, :, :2], "rgb": planes[:, :, :3], "rgba": planes}
-    Image.fromarray(shown[channels]).save(colours / "a_rgb.tif")
+    name = "a_rgb.png" if channels == "rgba" else "a_rgb.tif"
+    Image.fromarray(shown[channels]).save(colours / name)
     Image.fromarray(planes[:, :, 1]).save(colours / "a_nir.png")  # another sensor's, not asked for
     data = (DataSource(str(folder), 1.0, 1), DataSource(str(colours), 1.0, 0, simulated=True))
     config = TrainingConfig(data=data, max_points=40)

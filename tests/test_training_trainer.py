@@ -17,6 +17,7 @@ import torch
 from thin_network import make_thin, write_image_pairs
 
 from kglmatch import Matcher
+from kglmatch.cli import main
 from kglmatch.errors import BackendError, ConfigError, DataError, OutputError, WeightsError
 from kglmatch.evaluation.metrics import fpr_at_recall
 from kglmatch.fusion import fit_fusion, fuse
@@ -276,21 +277,22 @@ def test_a_kill_at_any_moment_costs_nothing(config, unbroken, tmp_path, monkeypa
     assert_same_run(tmp_path, unbroken[0])
 
 
-def test_sigkill_and_resume_by_the_command(config, unbroken, tmp_path):
-    values = config.to_dict()
+def test_sigkill_and_resume_by_the_command(config, unbroken, tmp_path, capsys):
     path = tmp_path / "run.toml"
-    path.write_text(toml(values))
+    path.write_text(toml(config.to_dict()))
     run = tmp_path / "run"
+    arguments = ["train", str(path), "-o", str(run), "--device", "cpu"]
     program = str(Path(__file__).with_name("thin_network.py"))
-    command = [sys.executable, program, "train", str(path), "-o", str(run), "--device", "cpu"]
-    options = {"capture_output": True, "text": True}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run(command, env={**environment, "KILL_IN_SAVE": "1"}, **options, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "KILL_IN_SAVE": "1"}
+    killed = subprocess.run(
+        [sys.executable, program, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
     assert killed.returncode == -signal.SIGKILL and "Traceback" not in killed.stderr
     assert [path.name[:5] for path in run.glob(".*")] == [".tmp-"]
     assert load_checkpoint(run / "checkpoint.pt")["step"] == 2
-    resumed = subprocess.run(command, env=environment, **options, check=True)
-    assert "resuming from step 2" in resumed.stderr and f"{run / 'model'}: step" in resumed.stdout
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "resuming from step 2" in err and f"{run / 'model'}: step" in out
     assert sorted(p.name for p in run.iterdir()) == ["checkpoint.pt", "log.jsonl", "model"]
     assert_same_run(run, unbroken[0])
 

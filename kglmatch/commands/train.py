@@ -1,4 +1,4 @@
-"""`kglmatch train`: trains a network; a killed run goes on where it stopped."""
+"""`kglmatch train`: trains a network; a killed run resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from kglmatch.commands.common import (
     seed,
 )
 
-DESCRIPTION = """Trains a network on registered image pairs. The last images of the data are held out and
-choose the model that is kept, in FOLDER/model; FOLDER/log.jsonl has losses, pace and validation.
-Given a FOLDER that holds an unfinished run of the same settings, the command goes on with it.
+DESCRIPTION = """Trains a network on registered image pairs, of one data set or several. The last images of
+each are held out: they choose the model that is kept, in FOLDER/model, and its fusion, default
+decision and calibration are fitted on them. FOLDER/log.jsonl has losses, pace and validation.
+Given a FOLDER that holds an unfinished run of the same settings, the command resumes it.
 """
 
 EPILOG = """examples:
@@ -27,7 +28,7 @@ EPILOG = """examples:
   kglmatch train examples/training/vis-nir-cpu.toml --data vis-nir/country -o runs/nir
   kglmatch train examples/training/vis-nir-cpu.toml --data vis-nir/country -o runs/nir-decay \\
       --decay-from runs/nir --steps 500
-  torchrun --nproc-per-node 4 -m kglmatch train examples/training/vis-nir.toml \
+  torchrun --nproc-per-node 4 -m kglmatch train examples/training/vis-nir.toml \\
       --data vis-nir/country -o runs/nir
 
 Every key of the configuration is described in kglmatch.training.TrainingConfig.
@@ -38,7 +39,7 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command and its options."""
     parser = subparsers.add_parser(
         "train",
-        help="train a network, or go on with a run that was stopped",
+        help="train a network, or resume a run that was stopped",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -52,7 +53,11 @@ def add_parser(subparsers: Any) -> None:
         required=True,
         help="the run's folder; made if missing",
     )
-    parser.add_argument("--data", metavar="PATH", help="takes the place of the configuration's data")
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="one data set in place of the configuration's, also where that lists several",
+    )
     parser.add_argument("--seed", metavar="S", type=seed, help="takes the place of the configuration's seed")
     parser.add_argument("--steps", metavar="N", type=positive_int, help="length of the run, in batches")
     parser.add_argument(
@@ -98,10 +103,11 @@ def run(args: argparse.Namespace) -> int:
     if not trainer.processes.is_first:
         return 0
     if args.json:
-        print_json(best)
+        print_json({**best, "decide": trainer.decide})
     else:
         print(
             f"{args.output / 'model'}: step {best['step']:.0f}, FPR95 on the images held out: "
-            f"descriptor {best['descriptor_fpr95']:.2f} %, metric head {best['metric_fpr95']:.2f} %"
+            f"descriptor {best['descriptor_fpr95']:.2f} %, metric head {best['metric_fpr95']:.2f} %, "
+            f"fused {best['fused_fpr95']:.2f} %; decides by {trainer.decide}"
         )
     return 0

@@ -133,6 +133,11 @@ class Trainer:
         """The network with the weights averaged over steps, which is validated and kept."""
         return cast(KGLNet, self.average.module)
 
+    @property
+    def decide(self) -> str | None:
+        """The decision that made the fewest errors with the model kept so far; None before there is one."""
+        return self._best_inference.get("decide")
+
     # --- the loop -----------------------------------------------------------------------------
 
     def train(self, *, time_budget: float | None = None, progress: bool = True) -> dict[str, float]:
