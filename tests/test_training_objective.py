@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from thin_network import make_thin
 from torch.nn import functional as F
 
 from kglmatch.models.config import SPLITS, KGLNetConfig
@@ -28,7 +29,9 @@ def small_batch(pairs=4, patch_size=16, seed=0):
 
 def small_net(seed=0, **config):
     torch.manual_seed(seed)
-    return KGLNet(KGLNetConfig(patch_size=16, **config)).train()
+    with pytest.MonkeyPatch.context() as patch:
+        make_thin(patch)
+        return KGLNet(KGLNetConfig(patch_size=16, **config)).train()
 
 
 def gradients(net, terms):

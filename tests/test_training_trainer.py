@@ -277,6 +277,7 @@ def test_a_kill_at_any_moment_costs_nothing(config, unbroken, tmp_path, monkeypa
     assert_same_run(tmp_path, unbroken[0])
 
 
+@pytest.mark.slow
 def test_sigkill_and_resume_by_the_command(config, unbroken, tmp_path, capsys):
     path = tmp_path / "run.toml"
     path.write_text(toml(config.to_dict()))
@@ -524,9 +525,11 @@ def test_without_a_compiler_the_error_names_the_way_out(config, tmp_path, monkey
 
 
 def test_half_precision_trains(config, tmp_path):
-    for precision in ("bfloat16", "float16"):
-        half = dataclasses.replace(config, precision=precision, steps=2, max_gradient_norm=10.0)
-        trainer = Trainer(half, tmp_path / precision, device="cpu")
+    for precision, trained in (("bfloat16", "all"), ("float16", "all"), ("float16", "metric_head")):
+        half = dataclasses.replace(
+            config, precision=precision, trained=trained, steps=2, max_gradient_norm=10.0
+        )
+        trainer = Trainer(half, tmp_path / f"{precision}-{trained}", device="cpu")
         before = trainer.net.metric_head.fc1.weight.detach().clone()
         trainer.train(progress=False)
         assert not torch.equal(before, trainer.net.metric_head.fc1.weight)
