@@ -36,7 +36,7 @@ class OutputError(KGLMatchError):
 
 
 class KeypointError(KGLMatchError):
-    """Keypoints asked for in a way that no detector offers."""
+    """Keypoints that are no positions, or asked for in a way that no detector offers."""
 
 
 class ExportError(KGLMatchError):

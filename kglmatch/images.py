@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from kglmatch.errors import ImageError, OutputError
+from kglmatch.features import is_number
 from kglmatch.files import atomic_output
 
 PERCENTILES = (0.1, 99.9)
@@ -103,6 +104,8 @@ def load_image(
     """
     if stretch != "auto" and not isinstance(stretch, bool):
         raise ImageError(f'stretch must be "auto", True or False, got {stretch!r}')
+    if nodata is not None and not is_number(nodata):
+        raise ImageError(f"nodata must be a number or None, got {nodata!r}")
     low, high = _checked_percentiles(percentiles)
     pixels, name = _pixels(source)
     valid = None

@@ -8,6 +8,7 @@ name of a pair.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kglmatch.errors import DataError, KGLMatchError
-from kglmatch.features import Array, Features, Matches, Modality, check_modality, to_numpy
+from kglmatch.features import (
+    Array,
+    Features,
+    Matches,
+    Modality,
+    check_keypoints,
+    check_modality,
+    is_whole,
+    to_numpy,
+)
 from kglmatch.files import atomic_output, make_folder
 from kglmatch.images import load_image
 from kglmatch.matcher import Matcher
-from kglmatch.options import DEFAULT_MAX_KEYPOINTS
-from kglmatch.patches import PATCH_SIZE
+from kglmatch.options import DEFAULT_MAX_KEYPOINTS, PATCH_SIZE
 
 FEATURES_FILE = "features.h5"
 MATCHES_FILE = "matches.h5"
@@ -51,8 +60,12 @@ def to_cv2_keypoints(keypoints: Features | NDArray[np.floating], *, size: float 
 
 
 def from_cv2_keypoints(keypoints: Sequence[Any]) -> NDArray[np.float32]:
-    """(N, 2) xy pixels of N `cv2.KeyPoint`, for `Matcher.extract(..., keypoints=...)`."""
-    return np.array([keypoint.pt for keypoint in keypoints], np.float32).reshape(-1, 2)
+    """(N, 2) xy pixels of N `cv2.KeyPoint`, for `Matcher.extract(..., keypoints=...)`.
+
+    Raises:
+        KGLMatchError: something else than `cv2.KeyPoint`, or a position that is not finite.
+    """
+    return check_keypoints([keypoint.pt for keypoint in _instances(keypoints, cv2.KeyPoint)])
 
 
 def to_cv2_matches(matches: Matches) -> list[Any]:
@@ -68,7 +81,7 @@ def from_cv2_matches(
 ) -> Matches:
     """OpenCV's matches of our descriptors as `Matches`, best first.
 
-    OpenCV knows no score; it becomes ``1 - distance / 2``, as `Matcher.match` gives it with
+    OpenCV has no score; it becomes ``1 - distance / 2``, as `Matcher.match` gives it with
     ``decide="descriptor"``.
 
     Args:
@@ -77,10 +90,13 @@ def from_cv2_matches(
             `cv2.KeyPoint`s, or None.
 
     Raises:
-        KGLMatchError: a distance outside [0, 2], which is not one of unit vectors, or an index beyond
-            the keypoints.
+        KGLMatchError: something else than `cv2.DMatch`, a distance outside [0, 2], which is not one of unit
+            vectors, or an index below 0 or beyond the keypoints.
     """
+    matches = _instances(matches, cv2.DMatch)  # knnMatch gives a tuple of them for each query
     indices = np.array([(m.queryIdx, m.trainIdx) for m in matches], np.int64).reshape(-1, 2)
+    if (indices < 0).any():
+        raise KGLMatchError(f"match {int(np.argmin(indices.min(axis=1)))} has an index below 0")
     distances = np.array([m.distance for m in matches], np.float32)
     if len(distances) and not (distances.min() >= 0 and distances.max() <= 2 + 1e-5):
         raise KGLMatchError(
@@ -98,13 +114,20 @@ def from_cv2_matches(
     )
 
 
+def _instances(values: Sequence[Any], kind: type) -> list[Any]:
+    for value in values:
+        if not isinstance(value, kind):
+            raise KGLMatchError(f"expected a flat list of cv2.{kind.__name__}, got a {type(value).__name__}")
+    return list(values)
+
+
 def _matched_points(
     side: str, keypoints: NDArray[np.floating] | Sequence[Any] | None, rows: NDArray[np.int64]
 ) -> NDArray[np.float32] | None:
     if keypoints is None:
         return None
     points = _keypoints(keypoints if isinstance(keypoints, np.ndarray) else from_cv2_keypoints(keypoints))
-    if len(rows) and not 0 <= rows.min() <= rows.max() < len(points):
+    if len(rows) and rows.max() >= len(points):
         raise KGLMatchError(f"a match names {side} keypoint {rows.max()}, but there are {len(points)}")
     return points[rows]
 
@@ -115,8 +138,8 @@ def _matched_points(
 def kornia_descriptor(matcher: Matcher, modality: Modality) -> Any:
     """Our network as kornia's descriptor of local affine frames (LAFs).
 
-    Its descriptors are those of `Matcher.describe`, for `kornia.feature.match_mnn` and its like. No
-    gradient flows through it, and it runs where the matcher does.
+    Its descriptors are those of `Matcher.describe`, for `kornia.feature.match_mnn` and similar matchers. No
+    gradient flows through it, and it runs on the matcher's device.
 
     Args:
         modality: "vis" or "ir"; make one for each.
@@ -136,7 +159,7 @@ def kornia_descriptor(matcher: Matcher, modality: Modality) -> Any:
         """Patches (N, 1, P, P) -> descriptors (N, D) of their device and type."""
 
         def forward(self, patches: torch.Tensor) -> torch.Tensor:
-            # Sampling may leave [0, 1] by a rounding.
+            # Sampling may exceed [0, 1] by rounding.
             found = matcher.describe(patches.detach().float().clamp(0, 1), modality, maps=False)
             descriptors: torch.Tensor = found.descriptors.to(patches).clone()
             return descriptors
@@ -149,7 +172,7 @@ def kornia_descriptor(matcher: Matcher, modality: Modality) -> Any:
 def to_kornia_lafs(keypoints: Features | NDArray[np.floating], *, patch_size: int = PATCH_SIZE) -> Any:
     """Upright LAFs from which kornia cuts the patches that `extract_patches` cuts at these keypoints.
 
-    The keypoint is pixel P // 2 of its patch, so the frame's centre lies half a pixel before it.
+    The keypoint is pixel P // 2 of its patch, so the frame's centre is half a pixel before it.
 
     Args:
         keypoints: `Features`, or (N, 2) xy pixels.
@@ -190,7 +213,7 @@ def write_hloc(
 
     Raises:
         KGLMatchError: h5py is not installed; a pair of unknown images; features without keypoints;
-            matches that name a row twice or beyond the features.
+            matches that name a row twice or beyond the features; names that hloc cannot tell apart.
         OutputError: the folder cannot be written.
     """
     h5py = _optional("h5py", "colmap")
@@ -199,6 +222,11 @@ def write_hloc(
             raise KGLMatchError(f"an image is named by its path, without spaces, got {name!r}")
         _keypoints(features)
     rows = {names: _matches_by_row(names, matches, images) for names, matches in pairs.items()}
+    groups: dict[str, tuple[str, str]] = {}
+    for names in pairs:
+        other = groups.setdefault(_group(names), names)
+        if other != names:
+            raise KGLMatchError(f"hloc writes / in names as -, so the pairs {other} and {names} become one")
     folder = make_folder(folder)
     with atomic_output(folder / FEATURES_FILE) as temporary, h5py.File(temporary, "w") as file:
         for name, features in images.items():
@@ -211,10 +239,15 @@ def write_hloc(
                 group["image_size"] = np.array(features.image_size)
     with atomic_output(folder / MATCHES_FILE) as temporary, h5py.File(temporary, "w") as file:
         for names, (matches0, scores0) in rows.items():
-            group = file.create_group("/".join(name.replace("/", "-") for name in names))
+            group = file.create_group(_group(names))
             group["matches0"], group["matching_scores0"] = matches0, scores0
     with atomic_output(folder / PAIRS_FILE) as temporary:
         temporary.write_text("".join(f"{vis} {ir}\n" for vis, ir in pairs), encoding="utf-8")
+
+
+def _group(names: tuple[str, ...]) -> str:
+    """The group of a pair in hloc's file of matches."""
+    return "/".join(name.replace("/", "-") for name in names)
 
 
 def _matches_by_row(
@@ -239,7 +272,7 @@ def _matches_by_row(
 def import_into_colmap(folder: str | Path, image_folder: str | Path, database: str | Path) -> None:
     """Makes a COLMAP database of what `write_hloc` wrote, through pycolmap.
 
-    Each image gets a camera of its own, of what its EXIF tells or COLMAP's guess. The matches are not
+    Each image gets its own camera, from its EXIF data or COLMAP's guess. The matches are not
     verified yet: ``pycolmap.verify_matches(database, folder / "pairs.txt")`` does that.
 
     Args:
@@ -254,37 +287,45 @@ def import_into_colmap(folder: str | Path, image_folder: str | Path, database: s
         OutputError: the database cannot be written.
     """
     h5py, pycolmap = _optional("h5py", "colmap"), _optional("pycolmap", "colmap")
-    folder = Path(folder)
-    try:
-        pairs = [
-            tuple(line.split()) for line in (folder / PAIRS_FILE).read_text(encoding="utf-8").splitlines()
-        ]
-        with h5py.File(folder / FEATURES_FILE) as features, h5py.File(folder / MATCHES_FILE) as matches:
-            names = _image_names(h5py, features)
-            keypoints = {name: features[name]["keypoints"][:] for name in names}
-            found = {
-                pair: matches["/".join(n.replace("/", "-") for n in pair)]["matches0"][:] for pair in pairs
-            }
-    except (OSError, KeyError, UnicodeDecodeError) as error:
-        raise DataError(f"{folder} does not hold what write_hloc writes: {error}") from error
-    missing = [name for name in names if not (Path(image_folder) / name).is_file()]
+    keypoints, found = _read_hloc(h5py, Path(folder))
+    missing = [name for name in keypoints if not (Path(image_folder) / name).is_file()]
     if missing:
         raise DataError(f"{image_folder} lacks {len(missing)} of the images (first: {missing[0]})")
     with atomic_output(database) as temporary:
         pycolmap.import_images(
-            temporary, image_folder, camera_mode=pycolmap.CameraMode.PER_IMAGE, image_names=names
+            temporary, image_folder, camera_mode=pycolmap.CameraMode.PER_IMAGE, image_names=list(keypoints)
         )
         with pycolmap.Database.open(temporary) as db:
             ids: dict[str, int] = {}
-            for name in names:
+            for name, points in keypoints.items():
                 image = db.read_image_with_name(name)
                 if image is None:
                     raise DataError(f"COLMAP cannot read {Path(image_folder) / name}")
                 ids[name] = image.image_id
-                db.write_keypoints(image.image_id, keypoints[name].astype(np.float32) + COLMAP_ORIGIN)
+                db.write_keypoints(image.image_id, points + COLMAP_ORIGIN)
             for (vis, ir), matches0 in found.items():
                 rows = np.flatnonzero(matches0 >= 0)
                 db.write_matches(ids[vis], ids[ir], np.stack([rows, matches0[rows]], 1).astype(np.uint32))
+
+
+def _read_hloc(
+    h5py: Any, folder: Path
+) -> tuple[dict[str, NDArray[np.float32]], dict[tuple[str, str], NDArray[np.int32]]]:
+    """Keypoints by image name, and `matches0` by pair, of what `write_hloc` wrote."""
+    try:
+        lines = (folder / PAIRS_FILE).read_text(encoding="utf-8").splitlines()
+        pairs = [(vis, ir) for vis, ir in map(str.split, lines)]
+        with h5py.File(folder / FEATURES_FILE) as features, h5py.File(folder / MATCHES_FILE) as matches:
+            names = _image_names(h5py, features)
+            keypoints = {name: check_keypoints(features[name]["keypoints"][:]) for name in names}
+            found = {pair: matches[_group(pair)]["matches0"][:] for pair in pairs}
+            for (vis, ir), matches0 in found.items():
+                counts = len(keypoints[vis]), len(keypoints[ir])
+                if matches0.shape != counts[:1] or matches0.max(initial=-1) >= counts[1]:
+                    raise ValueError(f"the matches of {vis} and {ir} do not fit their keypoints")
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f"{folder} does not hold what write_hloc writes: {error}") from error
+    return keypoints, found
 
 
 def _image_names(h5py: Any, file: Any) -> list[str]:
@@ -305,7 +346,7 @@ def _image_names(h5py: Any, file: Any) -> list[str]:
 class ImageMatchingModel:
     """A matcher with the interface of image-matching-models' `BaseMatcher` (the package vismatch).
 
-    The first image is the visible one. Calls give a dict of numpy arrays, in pixels of the images:
+    The first image is the visible one. Calls return a dict of numpy arrays, in pixels of the images:
 
     - `num_inliers`, `H` (3, 3) or None;
     - `all_kpts0`, `all_kpts1` (N, 2), `all_desc0`, `all_desc1` (N, D);
@@ -317,10 +358,13 @@ class ImageMatchingModel:
         >>> model("scene_vis.png", "scene_ir.png")["num_inliers"]
 
     Args:
-        matcher: does the work.
+        matcher: runs the network.
         detector, max_keypoints: as for `Matcher.extract`.
         options: more options of `Matcher.match_images`: `min_score`, `max_displacement`,
-            `threshold` (pixels, the RANSAC threshold) ...
+            `threshold` (pixels, the RANSAC threshold), `decide`, `dense` ...
+
+    Raises:
+        KGLMatchError: an option that `Matcher.match_images` does not have.
     """
 
     def __init__(
@@ -331,6 +375,9 @@ class ImageMatchingModel:
         max_keypoints: int = DEFAULT_MAX_KEYPOINTS,
         **options: Any,
     ) -> None:
+        known = set(inspect.signature(matcher.match_images).parameters) - {"vis", "ir"}
+        if unknown := sorted(set(options) - known):
+            raise KGLMatchError(f"unknown options {unknown}; those of match_images are {sorted(known)}")
         self.matcher = matcher
         self.detector = detector
         self.max_keypoints = max_keypoints
@@ -355,13 +402,16 @@ class ImageMatchingModel:
 
         Raises:
             ImageError: missing or unreadable.
+            KGLMatchError: sizes that are not whole numbers of at least 1.
         """
         import torch
 
         grey = load_image(path)
         if resize is not None:
-            height, width = (resize, resize) if isinstance(resize, int) else resize
-            grey = cv2.resize(grey, (width, height), interpolation=cv2.INTER_AREA)
+            sides = resize if isinstance(resize, Sequence) else (resize, resize)
+            if len(sides) != 2 or not all(is_whole(side) and side >= 1 for side in sides):
+                raise KGLMatchError(f"resize must be a number of pixels or (height, width), got {resize!r}")
+            grey = cv2.resize(grey, sides[::-1], interpolation=cv2.INTER_AREA)
         return torch.from_numpy(grey).expand(3, -1, -1).contiguous()
 
     def __call__(self, img0: Any, img1: Any) -> dict[str, Any]:
@@ -376,8 +426,11 @@ class ImageMatchingModel:
         Raises:
             ImageError, KGLMatchError: as `Matcher.match_images`.
         """
-        vis, ir = self._extract(img0, "vis"), self._extract(img1, "ir")
-        matches = self.matcher.match_images(vis, ir, **self.options)
+        # Features first, for they are part of the result.
+        how = {name: self.options[name] for name in ("dense", "max_displacement") if name in self.options}
+        vis, ir = self.matcher.extract_pair(img0, img1, **self._extraction(), **how)
+        options = {name: value for name, value in self.options.items() if name not in ("dense", "upright")}
+        matches = self.matcher.match_images(vis, ir, **options)
         inliers = matches if matches.inliers is None else matches[matches.inliers]
         return {
             "num_inliers": len(inliers),
@@ -395,14 +448,17 @@ class ImageMatchingModel:
 
     def extract(self, img: Any, modality: Modality = "vis") -> dict[str, NDArray[np.float32]]:
         """Keypoints `all_kpts0` (N, 2) and descriptors `all_desc0` (N, D) of one image."""
-        features = self._extract(img, modality)
+        features = self.matcher.extract(img, modality, **{**self._extraction(), "maps": False})
         return {"all_kpts0": _keypoints(features), "all_desc0": to_numpy(features.descriptors)}
 
-    def _extract(self, image: Any, modality: Modality) -> Features:
-        maps = self.options.get("decide", "metric") == "metric"
-        return self.matcher.extract(
-            image, modality, detector=self.detector, max_keypoints=self.max_keypoints, maps=maps
-        )
+    def _extraction(self) -> dict[str, Any]:
+        """What `Matcher.extract` and `extract_pair` share."""
+        return {
+            "detector": self.detector,
+            "max_keypoints": self.max_keypoints,
+            "maps": self.options.get("decide") != "descriptor",
+            "upright": self.options.get("upright", True),
+        }
 
 
 # --- helpers ----------------------------------------------------------------------------------
@@ -412,10 +468,7 @@ def _keypoints(source: Features | Array) -> NDArray[np.float32]:
     points = source.keypoints if isinstance(source, Features) else source
     if points is None:
         raise KGLMatchError("the features hold no keypoints: make them with Matcher.extract")
-    points = np.asarray(to_numpy(points), np.float32)
-    if points.ndim != 2 or points.shape[1] != 2:
-        raise KGLMatchError(f"keypoints must be (N, 2), got {points.shape}")
-    return points
+    return check_keypoints(points)
 
 
 def _optional(module: str, extra: str) -> Any:

@@ -99,18 +99,19 @@ def neighbours_within(
     counts = (last - first).sum(1)
     total = np.cumsum(counts)
     limit = CHUNK // 8
+    limit_squared = float(radius) * float(radius)  # no power: that raises where it overflows
     start = 0
     while start < len(vis):
         base = total[start - 1] if start else 0
         stop = max(start + 1, int(np.searchsorted(total, base + limit, side="right")))
         lengths = (last[start:stop] - first[start:stop]).ravel()
         begins = first[start:stop].ravel()
-        # Positions begins[0], begins[0] + 1, ... for every range, laid end to end.
+        # Positions begins[0], begins[0] + 1, ... of every range, one range after the other.
         ends = np.cumsum(lengths)
         at = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths) + np.repeat(begins, lengths)
         rows_ir = order[at]
         rows_vis = np.repeat(np.arange(start, stop), counts[start:stop])
-        near = ((vis[rows_vis] - ir[rows_ir]) ** 2).sum(1) <= radius**2
+        near = ((vis[rows_vis] - ir[rows_ir]) ** 2).sum(1) <= limit_squared
         yield rows_vis[near], rows_ir[near]
         start = stop
 

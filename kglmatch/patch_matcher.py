@@ -13,7 +13,18 @@ from numpy.typing import NDArray
 from kglmatch.backends.base import Backend
 from kglmatch.dense import check_dense, find_places
 from kglmatch.errors import ImageError, KGLMatchError, PatchError
-from kglmatch.features import Array, Features, Matches, Modality, check_modality, to_numpy
+from kglmatch.features import (
+    Array,
+    Features,
+    Matches,
+    Modality,
+    check_keypoints,
+    check_modality,
+    check_size,
+    is_number,
+    is_whole,
+    to_numpy,
+)
 from kglmatch.fusion import fuse
 from kglmatch.geometry import estimate_homography
 from kglmatch.images import load_image
@@ -92,14 +103,18 @@ class PatchMatcher:
             `Features` with (N, 128) descriptors, numpy for numpy and torch for torch.
 
         Raises:
-            PatchError: wrong shape, type or values.
+            PatchError: wrong shape, type or values, or another number of keypoints.
+            KeypointError: keypoints of another shape or type, or not finite.
+            KGLMatchError: an image size that is not two whole numbers.
         """
         check_modality(modality)
         patches = check_patches(patches, patch_size=self.config.patch_size)
         if keypoints is not None:
-            keypoints = np.asarray(keypoints, dtype=np.float32)
-            if keypoints.shape != (len(patches), 2):
+            keypoints = check_keypoints(keypoints)
+            if len(keypoints) != len(patches):
                 raise PatchError(f"keypoints must be ({len(patches)}, 2), got {keypoints.shape}")
+        if image_size is not None:
+            image_size = check_size(image_size)
         descriptors, metric_maps = self.backend.encode(patches, modality, maps=maps)
         return Features(descriptors, modality, metric_maps, keypoints, image_size)
 
@@ -113,14 +128,16 @@ class PatchMatcher:
             (N,) float32 in [0, 1]; torch on the matcher's device if both came as torch, else numpy.
 
         Raises:
-            KGLMatchError: different lengths, swapped modalities, or features without maps.
+            KGLMatchError: different lengths, swapped modalities, features without maps or of another model.
+            PatchError: patches of the wrong shape, type or values.
         """
-        features_vis, features_ir = self._features(vis, "vis"), self._features(ir, "ir")
-        if len(features_vis) != len(features_ir):
+        self._check_sides(vis, ir, maps=True)
+        if len(vis) != len(ir):
             raise KGLMatchError(
-                f"score compares row by row: got {len(features_vis)} visible and {len(features_ir)} ir "
-                "patches; use match() for sets of different size"
+                f"score compares row by row: got {len(vis)} visible and {len(ir)} ir patches; use match() "
+                "for sets of different size"
             )
+        features_vis, features_ir = self._features(vis, "vis"), self._features(ir, "ir")
         scores = self.backend.score(_maps(features_vis), _maps(features_ir))
         if _is_torch(features_vis.descriptors) and _is_torch(features_ir.descriptors):
             return sys.modules["torch"].from_numpy(scores).to(self.device)
@@ -148,7 +165,7 @@ class PatchMatcher:
             one_to_one: an ir patch serves one visible patch at most (implied by `mutual`).
             min_score: matches below are dropped, in [0, 1].
             max_displacement: pixels; for registered or nearly registered images, only pairs whose
-                keypoints are so near are candidates. Needs keypoints.
+                keypoints are at most this far apart are candidates. Needs keypoints.
             decide: "fused", by both answers together (`kglmatch.fusion`, at no extra cost); "metric",
                 by the metric head; or "descriptor", by the descriptors alone (no maps needed; the
                 score is then ``1 - distance / 2``). None takes "fused" where the model carries a
@@ -158,14 +175,15 @@ class PatchMatcher:
             `Matches`, best first; empty if nothing matches.
 
         Raises:
-            KGLMatchError: a parameter out of range, or features that lack what it needs.
+            KGLMatchError: a parameter out of range, or features that lack what it needs or come from
+                another model.
+            PatchError: patches of the wrong shape, type or values.
         """
         decide = self._decision(decide)
         check_match_parameters(top_k, min_score, max_displacement)
         maps = decide != "descriptor"
+        self._check_sides(vis, ir, maps=maps, keypoints=max_displacement is not None)
         features_vis, features_ir = self._features(vis, "vis", maps), self._features(ir, "ir", maps)
-        if maps:
-            _maps(features_vis), _maps(features_ir)  # a clear error before the work
         if top_k is None and max_displacement is None:
             candidates = self._every_pair(features_vis, features_ir, decide)
         else:
@@ -204,27 +222,29 @@ class PatchMatcher:
             image: anything that `kglmatch.images.load_image` reads: a path, PIL image, numpy or
                 torch array of 8 or 16 bits or floats.
             modality: "vis" or "ir".
-            keypoints: (N, 2) xy pixels to use instead of detecting some.
+            keypoints: (N, 2) xy pixels to use instead of detecting some; an empty list for none.
             detector: one of `kglmatch.keypoints.DETECTORS`; None takes the model's default, "structure"
                 for the bundled ones.
-            max_keypoints: the strongest so many are kept.
+            max_keypoints: how many to keep, the strongest.
             maps: as for `describe`.
             upright: False turns each patch to the main direction of the gradients around its keypoint.
                 That is known up to half a turn, so ir keypoints come twice: all of them, then all of
-                them turned by half a turn. For images turned against each other by 15 degrees or more;
-                costs right matches where they are not (`benchmarks/patch_geometry.py`).
+                them turned by half a turn. For images rotated against each other by 15 degrees or more;
+                costs correct matches where they are not (`benchmarks/patch_geometry.py`).
 
         Returns:
             `Features` with keypoints in pixels of the original image; empty if it has none.
 
         Raises:
             ImageError: unreadable, or smaller than a patch.
+            KeypointError: keypoints of another shape or type or not finite, an unknown detector, or
+                `max_keypoints` below 1.
         """
         check_modality(modality)
-        grey = load_image(image)
-        height, width = grey.shape
-        size = self.config.patch_size
-        check_image_size(grey, size, str(image) if isinstance(image, str | Path) else f"the {modality} image")
+        if keypoints is not None:
+            keypoints = check_keypoints(keypoints)
+        grey = self.load(image, f"the {modality} image")
+        (height, width), size = grey.shape, self.config.patch_size
         if keypoints is None:
             detector = detector or self.config.inference.get("detector", DEFAULT_DETECTOR)
             keypoints = detect_keypoints(
@@ -233,7 +253,7 @@ class PatchMatcher:
                 max_keypoints=max_keypoints,
                 border=size // 2 if upright else size / np.sqrt(2),
             ).xy
-        keypoints, angle = np.asarray(keypoints, dtype=np.float32).reshape(-1, 2), None
+        angle = None
         if not upright:
             angle = gradient_directions(grey, keypoints)
             if modality == "ir":
@@ -265,6 +285,15 @@ class PatchMatcher:
             ImageError, KGLMatchError: as for `extract`, or dense search of what cannot be searched.
         """
 
+        radius = check_dense(max_displacement, upright) if dense else 0.0
+        if dense and isinstance(ir, Features):
+            raise KGLMatchError("dense search needs the ir image, not features of it")
+        # Both are read before the network runs on one.
+        vis, ir = (
+            image if isinstance(image, Features) else self.load(image, f"the {modality} image")
+            for image, modality in ((vis, "vis"), (ir, "ir"))
+        )
+
         def features(image: Any, modality: Modality) -> Features:
             if isinstance(image, Features):
                 return image
@@ -272,13 +301,10 @@ class PatchMatcher:
                 image, modality, detector=detector, max_keypoints=max_keypoints, maps=maps, upright=upright
             )
 
-        if not dense:
-            return features(vis, "vis"), features(ir, "ir")
-        radius = check_dense(max_displacement, upright)
-        if isinstance(ir, Features):
-            raise KGLMatchError("dense search needs the ir image, not features of it")
         features_vis = features(vis, "vis")
-        return features_vis, self._extract_dense(features_vis, ir, radius, maps)
+        if dense:
+            return features_vis, self._extract_dense(features_vis, ir, radius, maps)
+        return features_vis, features(ir, "ir")
 
     def match_images(
         self,
@@ -304,7 +330,7 @@ class PatchMatcher:
             detector, max_keypoints, upright: as for `extract`.
             top_k, mutual, one_to_one, min_score, max_displacement, decide: as for `match`.
             threshold: pixels; matches farther from the homography are outliers.
-            dense: detect keypoints in the visible image alone, and look for each all over
+            dense: detect keypoints in the visible image alone, and search for each within
                 `max_displacement` in the ir image (see `kglmatch.dense`): where detectors do not find
                 the same places in both. `ir` must be an image then, and patches upright. Costs about
                 0.2 R^2 patches a keypoint for R pixels, less where keypoints are dense.
@@ -314,12 +340,14 @@ class PatchMatcher:
             than 4 matches agree on one) and `inliers`.
 
         Raises:
-            ImageError, KGLMatchError: as for `extract` and `match`.
+            ImageError, KGLMatchError: as for `extract` and `match`, before the network runs.
         """
         decide = self._decision(decide)
-        check_match_parameters(top_k, min_score, max_displacement)
+        check_match_parameters(top_k, min_score, max_displacement, threshold)
         maps = decide != "descriptor"
-
+        for source, modality in ((vis, "vis"), (ir, "ir")):
+            if isinstance(source, Features) and not (dense and source is ir):  # dense takes no features there
+                self._check_features(source, modality, maps=maps, keypoints=True)
         features_vis, features_ir = self.extract_pair(
             vis,
             ir,
@@ -330,8 +358,6 @@ class PatchMatcher:
             dense=dense,
             max_displacement=max_displacement,
         )
-        if features_vis.keypoints is None or features_ir.keypoints is None:
-            raise KGLMatchError("match_images needs features with keypoints on both sides")
         matches = self.match(
             features_vis,
             features_ir,
@@ -343,33 +369,34 @@ class PatchMatcher:
             decide=decide,
         )
         homography, inliers = estimate_homography(
-            features_vis.keypoints[matches.indices[:, 0]],
-            features_ir.keypoints[matches.indices[:, 1]],
+            _keypoints(features_vis)[matches.indices[:, 0]],
+            _keypoints(features_ir)[matches.indices[:, 1]],
             threshold=threshold,
         )
         return dataclasses.replace(matches, homography=homography, inliers=inliers)
 
     # --- how ----------------------------------------------------------------------------------
 
-    def load(self, image: Any) -> NDArray[np.float32]:
+    def load(self, image: Any, name: str = "the image") -> NDArray[np.float32]:
         """An image as for `extract`, (H, W) float32 grey in [0, 1].
+
+        Args:
+            image: as for `extract`.
+            name: what an error calls an image that is no file.
 
         Raises:
             ImageError: unreadable, or smaller than a patch.
         """
         grey = load_image(image)
-        name = str(image) if isinstance(image, str | Path) else "the image"
-        check_image_size(grey, self.config.patch_size, name)
+        check_image_size(grey, self.config.patch_size, str(image) if isinstance(image, str | Path) else name)
         return grey
 
     def _extract_dense(self, vis: Features, ir: Any, radius: float, maps: bool) -> Features:
         """Features of an ir image at the places that are most like the visible keypoints, in their order.
 
-        A keypoint has none where no whole patch lies within `radius` pixels.
+        A keypoint has none where there is no whole patch within `radius` pixels.
         """
-        if vis.keypoints is None:
-            raise KGLMatchError("dense search needs visible features with keypoints")
-        image, size = self.load(ir), self.config.patch_size
+        image, size, keypoints = self.load(ir, "the ir image"), self.config.patch_size, _keypoints(vis)
 
         def describe(places: NDArray[np.int64]) -> NDArray[np.float32]:
             patches = extract_patches(image, places, patch_size=size)
@@ -378,17 +405,53 @@ class PatchMatcher:
         places = np.empty((0, 2), np.float32)
         if len(vis):
             descriptors = to_numpy(vis.descriptors)
-            places = find_places(describe, size, vis.keypoints, descriptors, image.shape, radius)
+            places = find_places(describe, size, keypoints, descriptors, image.shape, radius)
         return self.extract(image, "ir", keypoints=places, maps=maps)
 
     def _features(self, source: Features | Array, modality: Modality, maps: bool = True) -> Features:
-        if not isinstance(source, Features):
-            return self.describe(source, modality, maps=maps)
-        if source.modality != modality:
+        return source if isinstance(source, Features) else self.describe(source, modality, maps=maps)
+
+    def _check_sides(self, vis: Any, ir: Any, *, maps: bool, keypoints: bool = False) -> None:
+        """Raises for features or patches that cannot be used, before the network runs on any.
+
+        Args:
+            vis, ir: features or patches.
+            maps, keypoints: whether they must have them.
+        """
+        for source, modality in ((vis, "vis"), (ir, "ir")):
+            if isinstance(source, Features):
+                self._check_features(source, modality, maps=maps)
+            else:
+                check_patches(source, patch_size=self.config.patch_size, name=f"{modality} patches")
+            if keypoints and getattr(source, "keypoints", None) is None:
+                raise KGLMatchError(
+                    "max_displacement needs features with keypoints on both sides: make them with extract, "
+                    "or describe(..., keypoints=)"
+                )
+
+    def _check_features(
+        self, features: Features, modality: str, *, maps: bool = False, keypoints: bool = False
+    ) -> None:
+        """Raises `KGLMatchError` for features of the other modality or another model, or that lack a part."""
+        if features.modality != modality:
             raise KGLMatchError(
-                f'the {modality} side got features of modality "{source.modality}"; the order is vis, ir'
+                f'the {modality} side got features of modality "{features.modality}"; the order is vis, ir'
             )
-        return source
+        length = features.descriptors.shape[1]
+        if length != self.config.descriptor_dim:
+            raise KGLMatchError(
+                f"the {modality} features have descriptors of length {length}, this model makes "
+                f"{self.config.descriptor_dim}: describe the patches with this model"
+            )
+        if maps:
+            shape, side = tuple(_maps(features).shape), self.config.map_size
+            if len(shape) != 4 or shape[2:] != (side, side):
+                raise KGLMatchError(
+                    f"the {modality} features have maps of shape {shape}, this model makes "
+                    f"(N, C, {side}, {side}): describe the patches with this model"
+                )
+        if keypoints:
+            _keypoints(features)
 
     def _candidates(
         self, vis: Features, ir: Features, top_k: int | None, max_displacement: float | None
@@ -402,10 +465,8 @@ class PatchMatcher:
                 self.backend.top_k(ir.descriptors, vis.descriptors, k),
             )
             return *rows, paired_cosine(a, b, *rows)
-        if vis.keypoints is None or ir.keypoints is None:
-            raise KGLMatchError("max_displacement needs features with keypoints on both sides")
         found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]] = []
-        for rows_vis, rows_ir in neighbours_within(vis.keypoints, ir.keypoints, max_displacement):
+        for rows_vis, rows_ir in neighbours_within(_keypoints(vis), _keypoints(ir), max_displacement):
             found.append((rows_vis, rows_ir, paired_cosine(a, b, rows_vis, rows_ir)))
         if not found:
             empty = np.empty(0, np.int64)
@@ -476,14 +537,23 @@ def check_image_size(image: NDArray[Any], patch_size: int, name: str) -> None:
         )
 
 
-def check_match_parameters(top_k: int | None, min_score: float, max_displacement: float | None) -> None:
-    """Raises `KGLMatchError` for a parameter of `match` that is out of range."""
-    if top_k is not None and top_k < 1:
-        raise KGLMatchError(f"top_k must be at least 1, or None for every pair, got {top_k}")
-    if not 0 <= min_score <= 1:
-        raise KGLMatchError(f"min_score must be in [0, 1], got {min_score}")
-    if max_displacement is not None and not max_displacement >= 0:
-        raise KGLMatchError(f"max_displacement must be 0 pixels or more, got {max_displacement}")
+def check_match_parameters(
+    top_k: int | None,
+    min_score: float,
+    max_displacement: float | None,
+    threshold: float = DEFAULT_THRESHOLD,
+) -> None:
+    """Raises `KGLMatchError` for a parameter of `match` or `match_images` that is out of range."""
+    if top_k is not None and not (is_whole(top_k) and top_k >= 1):
+        raise KGLMatchError(
+            f"top_k must be a whole number of at least 1, or None for every pair, got {top_k!r}"
+        )
+    if not (is_number(min_score) and 0 <= min_score <= 1):
+        raise KGLMatchError(f"min_score must be a number in [0, 1], got {min_score!r}")
+    if max_displacement is not None and not (is_number(max_displacement) and max_displacement >= 0):
+        raise KGLMatchError(f"max_displacement must be 0 pixels or more, got {max_displacement!r}")
+    if not (is_number(threshold) and 0 < threshold < np.inf):
+        raise KGLMatchError(f"threshold must be a number of pixels above 0, got {threshold!r}")
 
 
 def _maps(features: Features) -> Array:
@@ -493,6 +563,15 @@ def _maps(features: Features) -> Array:
             'or match with decide="descriptor"'
         )
     return features.maps
+
+
+def _keypoints(features: Features) -> NDArray[np.float32]:
+    if features.keypoints is None:
+        raise KGLMatchError(
+            f"the {features.modality} features hold no keypoints: make them with extract, or "
+            "describe(..., keypoints=)"
+        )
+    return features.keypoints
 
 
 def _is_torch(array: Array) -> bool:

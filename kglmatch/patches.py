@@ -9,7 +9,8 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from kglmatch.errors import PatchError
+from kglmatch.errors import KGLMatchError, PatchError
+from kglmatch.features import check_size, is_whole
 from kglmatch.options import PATCH_SIZE
 
 BORDERS = ("replicate", "reflect")
@@ -37,7 +38,7 @@ def extract_patches(
     The patch of a keypoint at whole pixels (x, y) is exactly
     ``image[y - P // 2 : y - P // 2 + P, x - P // 2 : x - P // 2 + P]``: the keypoint is pixel
     (P // 2, P // 2) of its patch, counted from 0. Other positions are interpolated bilinearly. With
-    `scale` and `angle`, patch pixel (i, j) lies at ``xy + scale * R(angle) (j - P // 2, i - P // 2)``,
+    `scale` and `angle`, patch pixel (i, j) is at ``xy + scale * R(angle) (j - P // 2, i - P // 2)``,
     R turning the x axis towards the y axis, so that a keypoint's orientation becomes the patch's +x;
     scales of 2 and more are read from an image pyramid, lest they alias.
 
@@ -48,7 +49,7 @@ def extract_patches(
         xy: (N, 2) positions in pixels, (0, 0) the centre of the first pixel.
         patch_size: P, the side of a patch.
         border: what lies outside the image: "replicate" repeats the edge pixel, "reflect" mirrors
-            the image at the centre of the edge pixel. `patches_inside` tells which patches need none.
+            the image at the centre of the edge pixel. `patches_inside` reports which patches need none.
         scale: None, a number or (N,): image pixels per patch pixel, above 0.
         angle: None, a number or (N,): degrees. A detector's -1 for "none" must be replaced by 0 first.
         subpixel: False rounds positions to whole pixels (half up).
@@ -109,18 +110,21 @@ def patches_inside(xy: Any, image_size: tuple[int, int], *, patch_size: int = PA
 
     Args:
         xy: (N, 2) positions in pixels, (0, 0) the centre of the first pixel.
-        image_size: (H, W) of the image.
+        image_size: (width, height) of the image in pixels, as in `Features.image_size`.
         patch_size: P, the side of a patch.
 
     Returns:
         (N,) bool.
 
     Raises:
-        PatchError: positions of the wrong shape or type.
+        PatchError: positions of the wrong shape or type, or a size that is not two whole numbers.
     """
     _check_patch_size(patch_size)
     positions, _ = _positions(xy)
-    height, width = image_size
+    try:
+        width, height = check_size(image_size)
+    except KGLMatchError as error:
+        raise PatchError(str(error)) from error
     first = positions - patch_size // 2
     last = first + patch_size - 1
     return (first >= 0).all(axis=1) & (last[:, 0] <= width - 1) & (last[:, 1] <= height - 1)
@@ -132,7 +136,7 @@ def check_patches(patches: Any, *, patch_size: int = PATCH_SIZE, name: str = "pa
     Args:
         patches: (N, P, P) or (N, 1, P, P), N from 0, a numpy array or a torch tensor on any device:
             uint8 (0 to 255), or float16, float32 or float64 within [0, 1].
-        patch_size: P, which the network dictates.
+        patch_size: P, that of the network.
         name: what an error calls the array.
 
     Returns:
@@ -171,7 +175,7 @@ def _check_shape(shape: tuple[int, ...], size: int, name: str) -> None:
         return
     expected = f"expected (N, {size}, {size}) or (N, 1, {size}, {size})"
     if shape == (size, size):
-        hint = "a single patch needs an axis more: patches[None]"
+        hint = "a single patch needs one more axis: patches[None]"
     elif len(shape) == 4 and (shape[1] in (2, 3, 4) or shape[3] in (1, 2, 3, 4)):
         hint = "patches are grey and channels come first; load_image turns a colour image into grey"
     elif len(shape) in (3, 4) and shape[-1] == shape[-2]:
@@ -203,7 +207,7 @@ def _range_error(low: float, high: float) -> str:
 
 
 def _check_patch_size(patch_size: int) -> None:
-    if isinstance(patch_size, bool) or not isinstance(patch_size, (int, np.integer)) or patch_size < 1:
+    if not is_whole(patch_size) or patch_size < 1:
         raise PatchError(f"patch_size must be an integer of at least 1, got {patch_size!r}")
 
 
@@ -211,7 +215,7 @@ def _positions(xy: Any) -> tuple[np.ndarray, bool]:
     """(N, 2) float64, and whether the positions are whole pixels by their type."""
     try:
         array = np.asarray(xy)
-        if array.size == 0 and array.ndim <= 2:
+        if array.shape == (0,):
             array = array.reshape(0, 2)
         positions = array.astype(np.float64)
     except (TypeError, ValueError) as error:

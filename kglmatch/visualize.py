@@ -1,4 +1,4 @@
-"""Pictures: matches as lines over both images; checkerboard, overlay and arrows that show how they fit."""
+"""Pictures: matches as lines over both images; checkerboard, overlay and arrows that show the alignment."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from kglmatch.errors import KGLMatchError
-from kglmatch.features import Matches
-from kglmatch.geometry import transform_points
+from kglmatch.features import Matches, is_whole
+from kglmatch.geometry import resize_matrix, transform_points
 from kglmatch.images import load_image
 from kglmatch.registration.results import RegistrationCheck
 from kglmatch.resampling import resize_between, shrink
@@ -40,7 +40,7 @@ _BACKGROUND: Colour = (22, 24, 28)
 _TEXT: Colour = (236, 236, 236)
 _QUIET_TEXT: Colour = (160, 164, 170)
 
-# Pixels. Small images are enlarged and large ones shrunk, so that lines and words can be read.
+# Pixels. Small images are enlarged and large ones shrunk, so that lines and text can be read.
 _WIDTHS = (1000, 2000)
 _LARGEST_HEIGHT = 2000
 _GAP = 8
@@ -55,31 +55,32 @@ def draw_matches(
     """Draws two images side by side at the same height, with their matches as points and lines.
 
     Matches that agree with the homography are green and thick, the others orange, thin and below;
-    without `matches.inliers` all are blue. Where there is a homography, a yellow frame shows where the
-    visible image lies in the other one. A strip below says how many there are.
+    without `matches.inliers` all are blue. Where there is a homography, a yellow frame shows the outline
+    of the visible image in the other one. A strip below counts them.
 
     Args:
         vis_image, ir_image: images of any size, as for `kglmatch.load_image` (16-bit ones are stretched).
         matches: with keypoints in pixels of the two images.
-        max_lines: above so many matches, only so many lines are drawn, spread evenly over the visible
-            image, inliers and outliers in proportion, but at least half for inliers if there are so many;
-            the points are always drawn.
+        max_lines: the most lines that are drawn. Of more matches, those drawn are spread evenly over the
+            visible image, inliers and outliers in proportion, but at least half of them inliers if there
+            are enough; the points are always drawn.
 
     Returns:
         (H, W, 3) uint8 RGB, 1000 to 2000 pixels wide (less only for very tall images).
 
     Raises:
         ImageError: an image that cannot be read.
-        KGLMatchError: matches without keypoints, or `max_lines` below 0.
+        KGLMatchError: matches without keypoints, keypoints that are not finite or far outside the images,
+            or a `max_lines` that is no whole number of at least 0.
     """
     if matches.keypoints_vis is None or matches.keypoints_ir is None:
         raise KGLMatchError("cannot draw matches without keypoints; Matcher.match_images gives them")
-    if max_lines < 0:
-        raise KGLMatchError(f"max_lines must be 0 or more, got {max_lines}")
+    if not is_whole(max_lines) or max_lines < 0:
+        raise KGLMatchError(f"max_lines must be a whole number of at least 0, got {max_lines!r}")
     images = [load_image(vis_image), load_image(ir_image)]
     panes, canvas = _side_by_side(images)
-    start = panes[0].place(matches.keypoints_vis)
-    end = panes[1].place(matches.keypoints_ir)
+    start = _placed(panes[0], matches.keypoints_vis, "visible", images[0].shape)
+    end = _placed(panes[1], matches.keypoints_ir, "ir", images[1].shape)
 
     framed = matches.homography is not None and _draw_frame(
         canvas, panes, images[0].shape, matches.homography
@@ -120,9 +121,9 @@ def draw_matches(
 def draw_checkerboard(
     vis_image: Any, ir_image: Any, homography: NDArray[np.floating], *, cells: int = DEFAULT_CELLS
 ) -> Picture:
-    """Draws the visible image with every other square taken from the ir image, brought onto it.
+    """Draws the visible image with every other square taken from the ir image, warped onto it.
 
-    Where edges go on from square to square, the two are registered. The ir squares are tinted; what
+    Where edges continue from square to square, the two are registered. The ir squares are tinted; what
     the ir image does not cover shows the visible one.
 
     Args:
@@ -136,11 +137,12 @@ def draw_checkerboard(
 
     Raises:
         ImageError: an image that cannot be read.
-        KGLMatchError: a homography that is not a finite (3, 3) array, or `cells` below 1.
+        KGLMatchError: a homography that is not a finite (3, 3) array, or a `cells` that is no whole number
+            of at least 1.
     """
-    if cells < 1:
-        raise KGLMatchError(f"cells must be at least 1, got {cells}")
-    vis, warped, covered = _brought_together(vis_image, ir_image, homography)
+    if not is_whole(cells) or cells < 1:
+        raise KGLMatchError(f"cells must be a whole number of at least 1, got {cells!r}")
+    vis, warped, covered = _warped_together(vis_image, ir_image, homography)
     size = vis.shape[1], vis.shape[0]
     shown = np.repeat(vis[..., None], 3, axis=2)
     side = max(size) / cells
@@ -148,16 +150,16 @@ def draw_checkerboard(
     from_ir = ((row[:, None] + column[None, :]) % 2 == 1) & covered
     shown[from_ir] = warped[from_ir, None] * (np.array(_IR_TINT, np.float32) / 255)
     board: Picture = np.rint(np.clip(shown, 0, 1) * 255).astype(np.uint8)
-    legend = [((235, 235, 235), "visible"), (_IR_TINT, "ir, brought onto the visible image")]
+    legend = [((235, 235, 235), "visible"), (_IR_TINT, "ir, warped onto the visible image")]
     return np.concatenate([board, _strip(size[0], legend, _coverage(covered))])
 
 
 def draw_overlay(vis_image: Any, ir_image: Any, homography: NDArray[np.floating]) -> Picture:
-    """Draws both images in one, in false colour: the visible one red, the ir one, brought onto it, cyan.
+    """Draws both images in one, in false colour: the visible one red, the ir one, warped onto it, cyan.
 
-    What is equally bright in both becomes grey. Where edges have one line they are registered; two
-    lines beside each other, one red and one cyan, show how far apart they are. Both images are
-    brought to the same local contrast first. What the ir image does not cover stays red.
+    What is equally bright in both becomes grey. Edges that coincide show as one line; two parallel
+    lines, one red and one cyan, show how far apart they are. Both images are given the same local
+    contrast first. What the ir image does not cover stays red.
 
     Args:
         vis_image, ir_image: images of any size, as for `kglmatch.load_image`.
@@ -170,20 +172,20 @@ def draw_overlay(vis_image: Any, ir_image: Any, homography: NDArray[np.floating]
         ImageError: an image that cannot be read.
         KGLMatchError: a homography that is not a finite (3, 3) array.
     """
-    vis, warped, covered = _brought_together(vis_image, ir_image, homography)
+    vis, warped, covered = _warped_together(vis_image, ir_image, homography)
     red = _even_contrast(vis, np.ones_like(covered))
     cyan = _even_contrast(warped, covered)
     shown = np.stack([red, cyan, cyan], axis=2)
     picture: Picture = np.rint(shown * 255).astype(np.uint8)
-    legend = [(_RED, "visible"), (_CYAN, "ir, brought onto the visible image")]
+    legend = [(_RED, "visible"), (_CYAN, "ir, warped onto the visible image")]
     return np.concatenate([picture, _strip(vis.shape[1], legend, _coverage(covered))])
 
 
 def draw_displacement(vis_image: Any, check: RegistrationCheck) -> Picture:
-    """Draws how two images lie apart: an arrow at each point of the grid, over the visible image.
+    """Draws the residual displacement of two images: an arrow at each grid point, over the visible image.
 
     An arrow goes from where the ir content should be to where it is, longer by a round factor that the
-    key below names; its colour says how certain it is. Points that could not be judged are small grey
+    key below names; its colour shows how certain it is. Points that could not be judged are small grey
     dots.
 
     Args:
@@ -205,13 +207,12 @@ def draw_displacement(vis_image: Any, check: RegistrationCheck) -> Picture:
             f"the image is {width} x {height}, the one checked was {check.image_size[0]} x "
             f"{check.image_size[1]}"
         )
-    scale = _scale(width, height)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    grey = np.rint(np.clip(_resize(vis, size), 0, 1) * 170).astype(np.uint8)
-    canvas: Picture = np.repeat(grey[..., None], 3, axis=2)
+    size, _ = _picture_size(width, height)
+    canvas: Picture = np.repeat(_grey_levels(vis, size, 170)[..., None], 3, axis=2)
     pane = _Pane(0, *size, (size[0] / width, size[1] / height))
 
-    _draw_dots(canvas, pane.place(check.points[~check.judged]), _QUIET_TEXT, 1.5)
+    dot = 1.5 * _weight(canvas) * _SUPERSAMPLING
+    _draw_discs(canvas, pane.place(check.points[~check.judged]), _QUIET_TEXT, dot, 0.9)
     points, moved = check.points[check.judged], check.displacement[check.judged]
     factor = _arrow_factor(moved, check.image_size)
     start, end = pane.place(points), pane.place(points + factor * moved)
@@ -224,12 +225,12 @@ def draw_displacement(vis_image: Any, check: RegistrationCheck) -> Picture:
     share = f"{100 * check.judged_share:.0f} % of the points judged"
     if len(points):
         x, y = check.shift
-        words = (
+        numbers = (
             f"{check.verdict} | shift ({x:+.2f}, {y:+.2f}) px | error: median {check.median_error:.2f} px, "
             f"95 % within {check.p95_error:.2f} px | {share}"
         )
     else:
-        words = f"{check.verdict} | {share}"
+        numbers = f"{check.verdict} | {share}"
     legend = [
         (_CERTAINTY[0], "certainty 50 %"),
         (_CERTAINTY[-1], "100 %"),
@@ -238,7 +239,7 @@ def draw_displacement(vis_image: Any, check: RegistrationCheck) -> Picture:
     key = _strip(size[0], legend, "").copy()
     text = f"{length:g} px (arrows drawn {factor:g} x)" if len(points) else "no arrows"
     _draw_key(key, text, length * factor * pane.scale[0] if len(points) else 0)
-    return np.concatenate([canvas, key, _strip(size[0], [(_BACKGROUND, words)], "")])
+    return np.concatenate([canvas, key, _strip(size[0], [(_BACKGROUND, numbers)], "")])
 
 
 # --- the two images -------------------------------------------------------------------------------
@@ -258,9 +259,35 @@ class _Pane:
         return (points.astype(np.float64) + 0.5) * self.scale - 0.5 + (self.left, 0)
 
 
+def _placed(
+    pane: _Pane, points: NDArray[np.floating], side: str, shape: tuple[int, ...]
+) -> NDArray[np.float64]:
+    """Keypoints on the canvas. Raises `KGLMatchError` where one cannot be of this image."""
+    placed = pane.place(points)
+    near = (np.abs(placed) <= _FARTHEST).all(axis=1)
+    if not near.all():
+        x, y = points[int(np.argmin(near))]
+        raise KGLMatchError(
+            f"the {side} keypoint ({x:g}, {y:g}) is far outside the image of {shape[1]} x {shape[0]} pixels: "
+            "are these the matches of these images?"
+        )
+    return placed
+
+
 def _scale(width: float, height: float) -> float:
     smallest, largest = _WIDTHS
     return float(min(max(1.0, smallest / width), largest / width, _LARGEST_HEIGHT / height))
+
+
+def _picture_size(width: int, height: int) -> tuple[tuple[int, int], float]:
+    """(width, height) in the picture of an image of that size, and picture pixels per image pixel."""
+    scale = _scale(width, height)
+    return (max(1, round(width * scale)), max(1, round(height * scale))), scale
+
+
+def _grey_levels(image: NDArray[np.float32], size: tuple[int, int], white: int) -> NDArray[np.uint8]:
+    """The image at picture size, with `white` for 1: darker than lines and points."""
+    return np.rint(np.clip(_resize(image, size), 0, 1) * white).astype(np.uint8)
 
 
 def _resize(image: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
@@ -280,26 +307,27 @@ def _warp(
     return warped
 
 
-def _brought_together(
+def _warped_together(
     vis_image: Any, ir_image: Any, homography: NDArray[np.floating]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
-    """The visible image in picture size, the ir image brought onto it, and where it covers it."""
+    """The visible image in picture size, the ir image warped onto it, and where it covers it."""
     homography = np.asarray(homography)
     if homography.shape != (3, 3) or homography.dtype.kind not in "iuf" or not np.isfinite(homography).all():
-        raise KGLMatchError(f"homography must be (3, 3) finite numbers, got {homography.tolist()!r}")
+        given = homography.tolist() if homography.size <= 9 else f"shape {homography.shape}"
+        raise KGLMatchError(f"homography must be (3, 3) finite numbers, got {given!r}")
     vis, ir = load_image(vis_image), load_image(ir_image)
     height, width = vis.shape
-    scale = _scale(width, height)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
+    size, scale = _picture_size(width, height)
     # Picture pixels -> visible pixels -> ir pixels.
-    to_vis = np.array([[1 / scale, 0, 0.5 / scale - 0.5], [0, 1 / scale, 0.5 / scale - 0.5], [0, 0, 1]])
-    to_ir = homography.astype(np.float64) @ to_vis
-    # Nothing aliases, and OpenCV warps no image of more than 32,766 pixels a side.
-    small = shrink(ir, 1 / max(float(np.sqrt(abs(np.linalg.det(to_ir[:2, :2])))), 1e-3))
+    to_ir = homography.astype(np.float64) @ resize_matrix(1 / scale, 1 / scale)
+    # Nothing aliases, and OpenCV warps no image of more than 32,766 pixels a side. The ir image has no
+    # more detail to lose than its own longer side.
+    zoom = float(np.exp(np.linalg.slogdet(to_ir[:2, :2])[1] / 2))
+    small = shrink(ir, 1 / min(max(zoom, 1e-3), max(ir.shape)))
     to_ir = resize_between(ir, small) @ to_ir
     ir = small
     warped = _warp(ir, to_ir, size)
-    # What lies beyond the horizon of the homography, seen from the image's centre, is no image.
+    # What is beyond the horizon of the homography, seen from the image's centre, is no image.
     x, y = np.arange(size[0]), np.arange(size[1])[:, None]
     depth = to_ir[2, 0] * x + to_ir[2, 1] * y + to_ir[2, 2]
     covered = (_warp(np.ones_like(ir), to_ir, size) > 0.999) & (depth * depth[size[1] // 2, size[0] // 2] > 0)
@@ -342,7 +370,7 @@ def _side_by_side(images: list[NDArray[np.float32]]) -> tuple[list[_Pane], Pictu
         left += columns + _GAP
     canvas = np.full((rows, left - _GAP, 3), _BACKGROUND, np.uint8)
     for pane, image in zip(panes, images, strict=True):
-        grey = np.rint(np.clip(_resize(image, (pane.width, pane.height)), 0, 1) * 235).astype(np.uint8)
+        grey = _grey_levels(image, (pane.width, pane.height), 235)
         canvas[:, pane.left : pane.left + pane.width] = grey[..., None]
     return panes, canvas
 
@@ -377,7 +405,7 @@ def _lines_of_inliers(inliers: int, matches: int, max_lines: int) -> int:
 
 
 def _paint(canvas: Picture, mask: NDArray[np.uint8], colour: Colour, opacity: float) -> None:
-    """Lays a colour over the canvas where the mask, drawn finer, covers it."""
+    """Paints a colour over the canvas where the mask, drawn at higher resolution, covers it."""
     alpha = cv2.resize(mask, canvas.shape[1::-1], interpolation=cv2.INTER_AREA) * np.float32(opacity / 255)
     rows, columns = np.nonzero(alpha)
     weight = alpha[rows, columns, None]
@@ -396,7 +424,7 @@ def _fixed(points: NDArray[np.float64]) -> list[tuple[int, int]]:
 
 
 def _weight(canvas: Picture) -> float:
-    """How thick things are drawn: 1 in a picture 1000 pixels wide, more in a larger one."""
+    """Relative thickness of lines and points: 1 in a picture 1000 pixels wide, more in a larger one."""
     return float(max(1.0, canvas.shape[1] / 1000) ** 0.75)
 
 
@@ -416,26 +444,28 @@ def _draw_points(
     crowd = min(1.0, (400 / max(1, matches)) ** 0.25)  # smaller where there are many
     radius = (2.4 if strong else 1.7) * crowd * _weight(canvas) * _SUPERSAMPLING
     # A dark rim keeps a point visible on a bright image.
-    rim = crowd * _SUPERSAMPLING
-    for size, fill, opacity in ((radius + rim, _BACKGROUND, 0.7), (radius, colour, 1.0)):
-        mask = _mask(canvas)
-        for centre in _fixed(points):
-            cv2.circle(mask, centre, round(size * (1 << _SHIFT)), 255, -1, cv2.LINE_AA, _SHIFT)
-        _paint(canvas, mask, fill, opacity)
+    _draw_discs(canvas, points, _BACKGROUND, radius + crowd * _SUPERSAMPLING, 0.7)
+    _draw_discs(canvas, points, colour, radius, 1.0)
 
 
-def _draw_dots(canvas: Picture, points: NDArray[np.float64], colour: Colour, radius: float) -> None:
+def _draw_discs(
+    canvas: Picture, points: NDArray[np.float64], colour: Colour, radius: float, opacity: float
+) -> None:
+    """Discs of a radius in pixels of the mask."""
     mask = _mask(canvas)
-    size = round(radius * _weight(canvas) * _SUPERSAMPLING * (1 << _SHIFT))
+    _add_discs(mask, points, radius)
+    _paint(canvas, mask, colour, opacity)
+
+
+def _add_discs(mask: NDArray[np.uint8], points: NDArray[np.float64], radius: float) -> None:
     for centre in _fixed(points):
-        cv2.circle(mask, centre, size, 255, -1, cv2.LINE_AA, _SHIFT)
-    _paint(canvas, mask, colour, 0.9)
+        cv2.circle(mask, centre, round(radius * (1 << _SHIFT)), 255, -1, cv2.LINE_AA, _SHIFT)
 
 
 def _draw_arrows(
     canvas: Picture, start: NDArray[np.float64], end: NDArray[np.float64], colour: Colour
 ) -> None:
-    """Arrows with a dot at their foot, so that none vanishes where nothing is moved."""
+    """Arrows with a dot at their start, so that those of length 0 can be seen too."""
     head = 7 * _weight(canvas)
     along = end - start
     length = np.linalg.norm(along, axis=1, keepdims=True)
@@ -452,9 +482,7 @@ def _draw_arrows(
             cv2.fillPoly(mask, [triangle], 255, cv2.LINE_AA, _SHIFT)
             if rim:
                 cv2.polylines(mask, [triangle], True, 255, rim, cv2.LINE_AA, _SHIFT)
-        radius = round((2.4 * _weight(canvas) * _SUPERSAMPLING + rim) * (1 << _SHIFT))
-        for centre in _fixed(start):
-            cv2.circle(mask, centre, radius, 255, -1, cv2.LINE_AA, _SHIFT)
+        _add_discs(mask, start, 2.4 * _weight(canvas) * _SUPERSAMPLING + rim)
         _paint(canvas, mask, fill, opacity)
 
 
@@ -462,7 +490,7 @@ _ROUND = (1.0, 2.0, 5.0)
 
 
 def _arrow_factor(moved: NDArray[np.floating], size: tuple[int, int]) -> float:
-    """A round factor, 1 to 100: no arrow longer than a quarter of the image, most a twelfth or less."""
+    """A round factor from 1 to 100: no arrow longer than a quarter of the image, most at most a twelfth."""
     if not len(moved):
         return 1.0
     length = np.maximum(np.linalg.norm(moved, axis=1), 1e-6)
@@ -496,15 +524,15 @@ def _draw_key(strip: Picture, text: str, length: float) -> None:
 def _draw_frame(
     canvas: Picture, panes: list[_Pane], vis_shape: tuple[int, ...], homography: NDArray[np.float64]
 ) -> bool:
-    """Draws where the visible image lies in the other one; whether there is such an outline."""
+    """Draws the outline of the visible image in the other one; whether there is such an outline."""
     height, width = vis_shape
     corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float64) - 0.5
     depth = corners @ homography[2, :2] + homography[2, 2]
     if not ((depth > 0).all() or (depth < 0).all()):
         return False  # the horizon crosses the image
     outline = panes[1].place(transform_points(homography, corners))
-    if np.abs(outline).max() > _FARTHEST:
-        return False
+    if not np.abs(outline).max() <= _FARTHEST:
+        return False  # NaN too
     mask = _mask(canvas)
     thickness = max(1, round(1.2 * _weight(canvas) * _SUPERSAMPLING))
     polygon = np.array(_fixed(outline), np.int32)
@@ -522,19 +550,19 @@ def _count(number: int, one: str, many: str = "") -> str:
 
 
 def _strip(width: int, legend: list[tuple[Colour, str]], note: str) -> Picture:
-    """A dark strip: coloured dots with words on the left, a note on the right where there is room."""
+    """A dark strip: coloured dots with text on the left, a note on the right where there is room."""
     size = round(15 * max(1.0, width / 1000) ** 0.75)
     height = round(2.2 * size)
     font = ImageFont.load_default(size)
     strip = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(strip)
     middle, x = height / 2, float(size)
-    for colour, words in legend:
+    for colour, text in legend:
         radius = 0.32 * size
         draw.ellipse((x, middle - radius, x + 2 * radius, middle + radius), fill=colour)
         x += 3.2 * radius
-        draw.text((x, middle), words, fill=_TEXT, font=font, anchor="lm")
-        x += draw.textlength(words, font=font) + 1.4 * size
+        draw.text((x, middle), text, fill=_TEXT, font=font, anchor="lm")
+        x += draw.textlength(text, font=font) + 1.4 * size
     if x + draw.textlength(note, font=font) + size <= width:
         draw.text((width - size, middle), note, fill=_QUIET_TEXT, font=font, anchor="rm")
     return np.asarray(strip, np.uint8)

@@ -38,6 +38,27 @@ def matcher():
 
 
 @pytest.fixture(scope="session")
+def thin_matcher():
+    """A small untrained network on the CPU, for what does not depend on the weights."""
+    import torch
+    from thin_network import CHANNELS, make_thin
+
+    from kglmatch import KGLNetConfig, Matcher
+    from kglmatch.backends.torch import TorchBackend
+    from kglmatch.models import network
+
+    channels = network.MAP_CHANNELS  # as deep as the backends expect
+    fusion = {"distance": -4.0, "logit": 0.5, "bias": 4.0}
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        make_thin(patch)
+        patch.setattr(network, "BLOCK_CHANNELS", (*CHANNELS[:-1], channels))
+        patch.setattr(network, "MAP_CHANNELS", channels)
+        torch.manual_seed(0)
+        config = KGLNetConfig(inference={"fusion": fusion})
+        return Matcher(TorchBackend(network.KGLNet(config).state_dict(), config, device="cpu"))
+
+
+@pytest.fixture(scope="session")
 def exported(matcher, tmp_path_factory):
     """The report of the bundled model's export to ONNX, in float32; its folder is not to be changed."""
     return matcher.export_onnx(tmp_path_factory.mktemp("onnx") / "exported")

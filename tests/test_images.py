@@ -210,6 +210,8 @@ def test_bad_options(rng):
         one_line_error(lambda s=stretch: load_image(image, stretch=s), "stretch")
     for percentiles in ((99, 1), (0, 101), (5,), 3, (1, 1), ("a", "b")):
         one_line_error(lambda p=percentiles: load_image(image, percentiles=p), "percentiles")
+    for nodata in ("0", [1, 2], True):
+        one_line_error(lambda n=nodata: load_image(image, nodata=n), "nodata")
 
 
 # Tensors

@@ -94,8 +94,15 @@ def test_cv2_matches_both_ways():
     assert len(from_cv2_matches([], vis.keypoints)) == len(to_cv2_matches(some_matches([]))) == 0
     with pytest.raises(KGLMatchError, match="ir keypoint 8, but there are 3"):
         from_cv2_matches(converted, vis.keypoints, ir.keypoints[:3])
-    with pytest.raises(KGLMatchError, match=r"expected \[0, 2\]"):
-        from_cv2_matches([cv2.DMatch(0, 0, 57.0)])
+    for distance in (57.0, -1.0, float("nan")):
+        with pytest.raises(KGLMatchError, match=r"expected \[0, 2\]"):
+            from_cv2_matches([cv2.DMatch(0, 0, distance)])
+    with pytest.raises(KGLMatchError, match="match 1 has an index below 0"):
+        from_cv2_matches([converted[0], cv2.DMatch(0, -1, 1.0)])
+    with pytest.raises(KGLMatchError, match=r"flat list of cv2\.DMatch, got a tuple"):
+        from_cv2_matches(cv2.BFMatcher().knnMatch(vis.descriptors, ir.descriptors, 2))
+    with pytest.raises(KGLMatchError, match=r"flat list of cv2\.KeyPoint, got a tuple"):
+        from_cv2_keypoints([(1.0, 2.0)])
 
 
 def test_cv2_matcher_agrees_with_ours(matcher):
@@ -127,7 +134,7 @@ def test_kornia_cuts_our_patches(kornia_feature):
 @pytest.mark.parametrize("modality", ["vis", "ir"])
 def test_kornia_laf_descriptor(kornia_feature, matcher, scene, modality):
     folder, vis, ir, _ = scene
-    features = vis if modality == "vis" else ir
+    features = (vis if modality == "vis" else ir)[:20]
     descriptor = kornia_descriptor(matcher, modality)
     assert isinstance(descriptor, kornia_feature.LAFDescriptor)
     image = torch.from_numpy(load_image(folder / modality / "a.png"))
@@ -209,6 +216,11 @@ def test_hloc_refuses_what_it_cannot_hold(h5py, tmp_path):
         (images, {names: some_matches([(0, 1), (2, 1)])}, "one_to_one"),
         ({"a b": vis}, {}, "without spaces"),
         ({"a": Features(vis.descriptors, "vis")}, {}, "no keypoints"),
+        (
+            {"a/b": vis, "a-b": vis, "c": ir},
+            {("a/b", "c"): some_matches([]), ("a-b", "c"): some_matches([])},
+            "become one",
+        ),
     ]
     for given, pairs, message in wrong:
         with pytest.raises(KGLMatchError, match=message):
@@ -251,6 +263,11 @@ def test_colmap_with_files_that_are_missing(h5py, pycolmap, scene, tmp_path):
     write_hloc(tmp_path / "sfm", {"a.png": vis, "vis/a.png": ir}, {})
     with pytest.raises(DataError, match=r"lacks 1 of the images \(first: a.png\)"):
         import_into_colmap(tmp_path / "sfm", folder, tmp_path / "database.db")
+    for line in ("a.png\n", "a.png vis/a.png more\n", "a.png b.png\n"):
+        (tmp_path / "sfm" / "pairs.txt").write_text(line)
+        with pytest.raises(DataError, match="write_hloc"):
+            import_into_colmap(tmp_path / "sfm", folder, tmp_path / "database.db")
+    (tmp_path / "sfm" / "pairs.txt").write_text("")
     (tmp_path / "images" / "vis").mkdir(parents=True)
     for name in ("a.png", "vis/a.png"):
         (tmp_path / "images" / name).write_bytes(b"no image")
@@ -288,8 +305,42 @@ def test_image_matching_model(matcher, scene):
     assert np.allclose(extracted["all_desc0"], result["all_desc1"], atol=1e-4)
 
 
-def test_image_matching_model_without_a_match(matcher):
-    model = ImageMatchingModel(matcher, min_score=1.0)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decide": "fused"},
+        {"decide": None},
+        {},
+        {"decide": "metric"},
+        {"decide": "descriptor"},
+        {"dense": True, "max_displacement": 4},
+        {"upright": False},
+        {"top_k": None, "mutual": False, "one_to_one": False},
+    ],
+    ids=str,
+)
+def test_image_matching_model_takes_every_option_of_match_images(thin_matcher, image_pair, options):
+    options = {"min_score": 0.0, **options}
+    result = ImageMatchingModel(thin_matcher, max_keypoints=8, **options)(*image_pair)
+    expected = thin_matcher.match_images(*image_pair, max_keypoints=8, **options)
+    assert len(expected) > 0
+    assert np.array_equal(result["matched_kpts0"], expected.keypoints_vis)
+    assert np.array_equal(result["matched_kpts1"], expected.keypoints_ir)
+    assert np.allclose(result["matched_confidences"], expected.scores, atol=1e-6)
+    assert len(result["all_kpts0"]) == len(result["all_desc0"]) == 8
+    assert len(result["all_kpts1"]) == (16 if options.get("upright") is False else 8)
+
+
+def test_image_matching_model_refuses_other_options(thin_matcher, image_pair):
+    with pytest.raises(KGLMatchError, match=r"unknown options \['min_scores'\]"):
+        ImageMatchingModel(thin_matcher, min_scores=0.5)
+    for resize in (0, -5, 2.5, True, "a", (80,), (80, 0), (80, 90.0), (80, 90, 100)):
+        with pytest.raises(KGLMatchError, match="resize"):
+            ImageMatchingModel.load_image(image_pair[0], resize=resize)
+
+
+def test_image_matching_model_without_a_match(thin_matcher):
+    model = ImageMatchingModel(thin_matcher, min_score=1.0)
     blank = torch.full((3, 80, 90), 0.5)
     result = model(blank, blank)
     assert result["H"] is None
@@ -299,8 +350,8 @@ def test_image_matching_model_without_a_match(matcher):
     assert result["matched_kpts0"].shape == result["inlier_kpts1"].shape == (0, 2)
 
 
-def test_image_matching_model_images(matcher, image_pair):
-    model = ImageMatchingModel(matcher)
+def test_image_matching_model_images(thin_matcher, image_pair):
+    model = ImageMatchingModel(thin_matcher)
     assert model.load_image(image_pair[0], resize=96).shape == (3, 96, 96)
     assert model.load_image(image_pair[0], resize=(80, 100)).shape == (3, 80, 100)
     assert (model.name, model.device) == ("KGLNet", "cpu")

@@ -10,8 +10,15 @@ import pytest
 import torch
 from conftest import other_sensor, texture
 
-from kglmatch import Matcher
-from kglmatch.errors import BackendError, ImageError, KGLMatchError, PatchError, WeightsError
+from kglmatch import Features, Matcher
+from kglmatch.errors import (
+    BackendError,
+    ImageError,
+    KeypointError,
+    KGLMatchError,
+    PatchError,
+    WeightsError,
+)
 from kglmatch.patches import extract_patches
 
 
@@ -133,8 +140,6 @@ def test_one_to_one_and_mutual(matcher, patches, features):
 
 
 def test_features_from_a_file_match_the_same(matcher, features, tmp_path):
-    from kglmatch import Features
-
     features[0].save(tmp_path / "vis.npz")
     again = matcher.match(Features.load(tmp_path / "vis.npz"), features[1], min_score=0)
     assert np.array_equal(again.indices, matcher.match(*features, min_score=0).indices)
@@ -144,16 +149,93 @@ def test_features_from_a_file_match_the_same(matcher, features, tmp_path):
     "options",
     [
         {"top_k": 0},
+        {"top_k": 2.5},
+        {"top_k": True},
+        {"top_k": "3"},
+        {"top_k": float("nan")},
+        {"top_k": np.array([3])},
         {"min_score": 1.5},
         {"min_score": float("nan")},
+        {"min_score": None},
         {"max_displacement": -1},
+        {"max_displacement": float("nan")},
+        {"max_displacement": "3"},
         {"decide": "best"},
         {"max_displacement": 3},  # no keypoints
     ],
+    ids=str,
 )
-def test_bad_parameters_of_match(matcher, features, options):
-    with pytest.raises(KGLMatchError):
-        matcher.match(*features, **options)
+def test_bad_parameters_of_match(matcher, features, patches, options):
+    for sides in (features, patches):
+        with pytest.raises(KGLMatchError, match=next(iter(options))) as caught:
+            matcher.match(*sides, **options)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("top_k", [np.int64(2), 10**30])
+def test_any_whole_number_is_a_top_k(matcher, features, top_k):
+    expected = matcher.match(*features, top_k=min(int(top_k), 10), min_score=0)
+    assert np.array_equal(matcher.match(*features, top_k=top_k, min_score=0).indices, expected.indices)
+
+
+@pytest.fixture
+def idle_matcher(thin_matcher, monkeypatch):
+    """A matcher whose network must not run."""
+
+    def encode(*args, **kwargs):
+        pytest.fail("the network ran before the mistake was reported")
+
+    monkeypatch.setattr(thin_matcher.backend, "encode", encode)
+    return thin_matcher
+
+
+@pytest.mark.parametrize("threshold", [-1, 0, float("nan"), float("inf"), "3", None, True])
+def test_a_bad_threshold_is_reported_before_the_work(idle_matcher, image_pair, threshold):
+    with pytest.raises(KGLMatchError, match="threshold"):
+        idle_matcher.match_images(*image_pair, threshold=threshold)
+
+
+def test_mistakes_are_reported_before_the_network_runs(idle_matcher, image_pair):
+    vis, ir = image_pair
+    patches = np.zeros((3, 64, 64), np.float32)
+    there = Features(np.zeros((3, 128), np.float32), "ir", keypoints=np.zeros((3, 2)), image_size=(99, 99))
+    cases = [
+        (ImageError, "missing.png", lambda: idle_matcher.match_images(vis, "missing.png")),
+        (ImageError, "the ir image is 50 x 70", lambda: idle_matcher.match_images(vis, np.zeros((70, 50)))),
+        (KGLMatchError, "order is vis, ir", lambda: idle_matcher.match_images(there, ir)),
+        (KGLMatchError, "maps=True", lambda: idle_matcher.match_images(vis, there)),
+        (KGLMatchError, "no keypoints", lambda: idle_matcher.match_images(
+            vis, dataclasses.replace(there, keypoints=None), decide="descriptor")),
+        (KGLMatchError, "not features of it", lambda: idle_matcher.match_images(
+            vis, there, dense=True, max_displacement=8, decide="descriptor")),
+        (KGLMatchError, "3 visible and 2 ir", lambda: idle_matcher.score(patches, patches[:2])),
+        (PatchError, "ir patches", lambda: idle_matcher.score(patches, patches[:, :9])),
+        (PatchError, "ir patches", lambda: idle_matcher.match(patches, patches + 7)),
+        (KGLMatchError, "maps=True", lambda: idle_matcher.match(patches, there)),
+        (KGLMatchError, "order is vis, ir", lambda: idle_matcher.match(there, patches)),
+        (KeypointError, "keypoints row 1", lambda: idle_matcher.describe(
+            patches[:2], "vis", keypoints=[[0, 0], [np.nan, 1]])),
+        (KGLMatchError, "width, height", lambda: idle_matcher.describe(patches, "vis", image_size=(5,))),
+    ]  # fmt: skip
+    for kind, words, call in cases:
+        with pytest.raises(kind, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_features_of_another_model_are_refused(thin_matcher):
+    other = [
+        Features(np.zeros((3, 64), np.float32), modality, np.zeros((3, 256, 8, 8), np.float32))
+        for modality in ("vis", "ir")
+    ]
+    with pytest.raises(KGLMatchError, match="length 64, this model makes 128"):
+        thin_matcher.match(*other, decide="descriptor")
+    coarse = [
+        Features(np.zeros((3, 128), np.float32), modality, np.zeros((3, 256, 4, 4), np.float32))
+        for modality in ("vis", "ir")
+    ]
+    with pytest.raises(KGLMatchError, match="maps of shape"):
+        thin_matcher.score(*coarse)
 
 
 def test_what_does_not_belong_together_is_refused(matcher, features, patches):
@@ -193,6 +275,26 @@ def test_extract_at_given_keypoints(matcher, image_pair):
     features = matcher.extract(image_pair[0], "vis", keypoints=xy, maps=False)
     assert np.array_equal(features.keypoints, xy)
     assert features.image_size == (192, 160)
+
+
+@pytest.mark.parametrize("upright", [True, False])
+@pytest.mark.parametrize("modality", ["vis", "ir"])
+def test_extract_at_no_keypoints(thin_matcher, image_pair, modality, upright):
+    for nothing in ([], np.zeros(0), np.zeros((0, 2))):
+        features = thin_matcher.extract(image_pair[0], modality, keypoints=nothing, upright=upright)
+        assert features.keypoints.shape == (0, 2) and features.descriptors.shape == (0, 128)
+        assert tuple(features.maps.shape) == (0, 256, 8, 8)
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_extract_refuses_keypoints_of_other_shapes_and_values(idle_matcher, image_pair, upright):
+    for wrong in (
+        np.full((2, 6), 60.0), np.zeros((0, 6)), [50, 60], np.zeros((1, 2, 2)), [["50", "60"]], [[1j, 2]],
+        [[50, 60], [np.nan, 3]], [[50, 60], [np.inf, 3]], [[50, 60], [1e300, 3]], [[50], [60, 70]],
+    ):  # fmt: skip
+        with pytest.raises(KeypointError, match="keypoints") as caught:
+            idle_matcher.extract(image_pair[0], "vis", keypoints=wrong, upright=upright)
+        assert "\n" not in str(caught.value)
 
 
 def test_turned_patches_match_images_that_are_turned(matcher):

@@ -67,6 +67,13 @@ def test_neighbours_far_apart_cost_no_memory():
     assert [row for rows, _ in pairs for row in rows] == [0, 1]
 
 
+def test_a_radius_beyond_all_numbers_reaches_every_point():
+    vis, ir = np.array([[0.0, 0.0], [5.0, 9.0]]), np.array([[1e6, -1e6], [3.0, 4.0], [0.0, 1e30]])
+    for radius in (1e200, np.inf):
+        pairs = list(matching.neighbours_within(vis, ir, radius))
+        assert sum(len(rows) for rows, _ in pairs) == 6
+
+
 def test_keep_top_k_ranks_within_groups():
     groups = np.array([1, 0, 1, 1, 0])
     values = np.array([0.1, 0.9, 0.5, 0.3, 0.2], np.float32)

@@ -39,7 +39,7 @@ def test_whole_pixels_are_exact_slices(image):
 
 
 def test_no_one_and_many(image):
-    for empty in ([], np.zeros((0, 2)), np.zeros((0, 2), int)):
+    for empty in ([], np.zeros(0), np.zeros((0, 2)), np.zeros((0, 2), int)):
         for options in ({}, {"scale": 2.0}, {"angle": []}):
             patches = extract_patches(image, empty, **options)
             assert patches.shape == (0, 64, 64) and patches.dtype == np.float32
@@ -183,16 +183,25 @@ def test_image_is_left_alone_and_shares_no_memory(image):
 def test_patches_inside(image):
     rng = np.random.default_rng(5)
     xy = np.concatenate([rng.uniform(-5, 205, (500, 2)), rng.integers(-5, 205, (500, 2))])
-    inside = patches_inside(xy, image.shape, patch_size=8)
+    height, width = image.shape
+    inside = patches_inside(xy, (width, height), patch_size=8)
     # Where all is inside, what surrounds the image cannot matter.
     framed = cv2.copyMakeBorder(image, 50, 50, 50, 50, cv2.BORDER_CONSTANT, value=9.0)
     untouched = extract_patches(framed, xy + 50, patch_size=8).max(axis=(1, 2)) <= 1
     assert np.array_equal(inside, untouched)
-    assert (
-        patches_inside([[32, 32], [31, 32], [168, 118], [169, 118]], image.shape).tolist()
-        == [True, False] * 2
-    )
-    assert patches_inside([], image.shape).shape == (0,)
+    corners = [[32, 32], [31, 32], [168, 118], [169, 118]]
+    assert patches_inside(corners, (width, height)).tolist() == [True, False] * 2
+    assert patches_inside([], (width, height)).shape == (0,)
+
+
+def test_the_size_of_patches_inside_is_that_of_features():
+    from kglmatch import Features
+
+    points = np.array([[150, 40], [40, 150]], np.float32)
+    features = Features(np.ones((2, 4), np.float32), "vis", keypoints=points, image_size=(200, 100))
+    assert patches_inside(features.keypoints, features.image_size).tolist() == [True, False]
+    for wrong in (None, 5, "ab", (1, 2, 3), (0, 5), (200.0, 100), (np.nan, 3)):
+        one_line_error(lambda size=wrong: patches_inside(points, size), "(width, height)")
 
 
 def test_bad_arguments_of_extract(image):
@@ -205,6 +214,10 @@ def test_bad_arguments_of_extract(image):
         (lambda: extract_patches(image, [[1, 2, 3]]), "(1, 3)"),
         (lambda: extract_patches(image, [1, 2]), "(2,)"),
         (lambda: extract_patches(image, np.zeros((0, 2, 2))), "(0, 2, 2)"),
+        (lambda: extract_patches(image, np.zeros((0, 6))), "(0, 6)"),
+        (lambda: extract_patches(image, np.zeros((5, 0))), "(5, 0)"),
+        (lambda: extract_patches(image, np.zeros((2, 6))), "(2, 6)"),
+        (lambda: extract_patches(image, good, patch_size=True), "patch_size"),
         (lambda: extract_patches(image, [["a", "b"]]), "xy"),
         (lambda: extract_patches(image, [[1, 2], [3]]), "xy"),
         (lambda: extract_patches(image, [[1, 2], [np.nan, 3]]), "row 1"),

@@ -9,7 +9,7 @@ from conftest import texture
 
 from kglmatch.errors import ImageError, KGLMatchError
 from kglmatch.features import Matches
-from kglmatch.visualize import INLIER, OUTLIER, UNDECIDED, draw_checkerboard, draw_matches
+from kglmatch.visualize import INLIER, OUTLIER, UNDECIDED, draw_checkerboard, draw_matches, draw_overlay
 
 
 def some_matches(points_vis, points_ir, inliers=None, homography=None):
@@ -147,10 +147,34 @@ def test_match_pictures_refuse_what_they_cannot_draw():
     without = Matches(rows, np.ones(1, np.float32), np.zeros(1, np.float32))
     with pytest.raises(KGLMatchError, match="without keypoints"):
         draw_matches(image, image, without)
-    with pytest.raises(KGLMatchError, match="max_lines"):
-        draw_matches(image, image, some_matches([], []), max_lines=-1)
+    for wrong in (-1, 2.5, True, "3", float("nan"), None):
+        with pytest.raises(KGLMatchError, match="max_lines"):
+            draw_matches(image, image, some_matches([], []), max_lines=wrong)
     with pytest.raises(ImageError, match="no such file"):
         draw_matches("missing.png", image, some_matches([], []))
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 1e9, -1e6, 3e38])
+def test_keypoints_that_are_not_in_the_image_are_refused(value):
+    image = np.zeros((80, 90), np.float32)
+    near, far = [[5, 5], [9, 9]], [[5, 5], [value, 9]]
+    for sides, name in (((far, near), "visible"), ((near, far), "ir")):
+        with pytest.raises(
+            KGLMatchError, match=f"the {name} keypoint .* far outside the image of 90 x 80"
+        ) as e:
+            draw_matches(image, image, some_matches(*sides))
+        assert "\n" not in str(e.value)
+    # What is a little outside is drawn as far as it can be seen.
+    assert draw_matches(image, image, some_matches([[-50, 5]], [[500, 9]])).dtype == np.uint8
+
+
+def test_a_homography_that_is_no_number_has_no_outline():
+    image = np.full((80, 90), 0.5, np.float32)
+    plain = draw_matches(image, image, some_matches([], [], []))
+    for value in (np.nan, np.inf, 1e300):
+        homography = np.diag([value, 1, 1])
+        picture = draw_matches(image, image, some_matches([], [], [], homography))
+        assert np.array_equal(picture[:400], plain[:400])
 
 
 # --- the checkerboard -----------------------------------------------------------------------------
@@ -204,11 +228,28 @@ def test_beyond_the_horizon_there_is_no_ir_image():
 
 
 @pytest.mark.parametrize(
-    "homography", [np.eye(2), np.full((3, 3), np.nan), None, np.full((3, 3), "a")], ids=str
+    "homography",
+    [np.eye(2), np.full((3, 3), np.nan), None, np.full((3, 3), "a"), np.zeros((99, 99))],
+    ids=["2 x 2", "NaN", "None", "text", "large"],
 )
 def test_checkerboard_refuses_other_transforms(homography):
     image = np.zeros((80, 80), np.float32)
     with pytest.raises(KGLMatchError, match="homography must be"):
         draw_checkerboard(image, image, homography)
-    with pytest.raises(KGLMatchError, match="cells"):
-        draw_checkerboard(image, image, np.eye(3), cells=0)
+    with pytest.raises(KGLMatchError, match="homography must be") as caught:
+        draw_overlay(image, image, homography)
+    assert len(str(caught.value)) < 200
+    for wrong in (0, 2.5, True, "3", float("nan")):
+        with pytest.raises(KGLMatchError, match="cells"):
+            draw_checkerboard(image, image, np.eye(3), cells=wrong)
+
+
+def test_transforms_that_shrink_or_enlarge_without_bound_show_no_ir_image():
+    vis = texture(100, 80)
+    plain = draw_checkerboard(vis, vis, np.diag([1.0, 1, 1]) + np.array([[0, 0, 1e6], [0, 0, 0], [0, 0, 0]]))
+    for factor in (1e9, 1e300):
+        assert np.array_equal(
+            draw_checkerboard(vis, vis, np.diag([factor, factor, 1]))[20:-20], plain[20:-20]
+        )
+    for homography in (np.zeros((3, 3)), np.ones((3, 3)), np.diag([1e-9, 1e-9, 1])):
+        assert draw_checkerboard(vis, vis, homography).dtype == np.uint8
