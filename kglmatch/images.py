@@ -86,7 +86,7 @@ def load_image(
               and what else OpenCV or Pillow can read; of several pages, the first;
             - a Pillow image;
             - a numpy array (H, W) or (H, W, C), C = 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA; an array
-              read by OpenCV is BGR and must be turned round first;
+              read by OpenCV is BGR and must be reversed first;
             - a torch tensor (H, W) or (C, H, W), C as above, on any device; also (H, W, C) where the
               first axis cannot be channels, being longer than 4.
         stretch: see above.
@@ -188,7 +188,7 @@ def read_image_raw(path: str | os.PathLike[str]) -> np.ndarray:
     if pixels is None:
         pixels = _decode_with_pillow(data, name)
     elif pixels.ndim == 3 and pixels.shape[2] in (3, 4):
-        # By index: `cv2.cvtColor` knows no int16, int32 and float64.
+        # By index: `cv2.cvtColor` takes no int16, int32 and float64.
         pixels = pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
     elif pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
@@ -379,7 +379,7 @@ def _file_bytes(name: str) -> bytes:
 
 
 def _decode_with_pillow(data: bytes, name: str) -> np.ndarray:
-    # A warning says nothing beside the error; of a file that could be read it is passed on.
+    # A warning adds nothing to the error; of a file that could be read it is passed on.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

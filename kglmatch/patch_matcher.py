@@ -568,7 +568,7 @@ def _maps(features: Features) -> Array:
 def _keypoints(features: Features) -> NDArray[np.float32]:
     if features.keypoints is None:
         raise KGLMatchError(
-            f"the {features.modality} features hold no keypoints: make them with extract, or "
+            f"this needs {features.modality} features with keypoints: make them with extract, or "
             "describe(..., keypoints=)"
         )
     return features.keypoints

@@ -48,7 +48,7 @@ def extract_patches(
         image: (H, W) grey, float or uint8.
         xy: (N, 2) positions in pixels, (0, 0) the centre of the first pixel.
         patch_size: P, the side of a patch.
-        border: what lies outside the image: "replicate" repeats the edge pixel, "reflect" mirrors
+        border: what is outside the image: "replicate" repeats the edge pixel, "reflect" mirrors
             the image at the centre of the edge pixel. `patches_inside` reports which patches need none.
         scale: None, a number or (N,): image pixels per patch pixel, above 0.
         angle: None, a number or (N,): degrees. A detector's -1 for "none" must be replaced by 0 first.
@@ -311,7 +311,7 @@ def _warp(
 ) -> None:
     """Scaled and rotated patches, from an image that was shrunk by `zoom`: bilinear, pixel by pixel.
 
-    Not by `cv2.remap`, which may round positions to 1/32 pixel and knows no image above 32767 pixels.
+    Not by `cv2.remap`, which may round positions to 1/32 pixel and takes no image above 32767 pixels.
     """
     size = patches.shape[-1]
     height, width = image.shape

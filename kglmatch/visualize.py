@@ -23,7 +23,7 @@ Colour = tuple[int, int, int]
 DEFAULT_MAX_LINES = 80
 DEFAULT_CELLS = 8
 
-# RGB. Green and orange of Okabe and Ito's palette for the colour-blind, brighter to stand on grey; they
+# RGB. Green and orange of Okabe and Ito's palette for the colour-blind, brighter, to be seen on grey; they
 # differ in lightness too, and inliers are thicker.
 INLIER: Colour = (64, 224, 168)
 OUTLIER: Colour = (240, 96, 16)

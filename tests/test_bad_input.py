@@ -42,10 +42,10 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_model(monkeypatch):
-    """Makes loading a model a failure of the test: the mistake is to be told before."""
+    """Makes loading a model a failure of the test: the mistake is to be reported before."""
 
     def load(*args, **kwargs):
-        pytest.fail("the model was loaded before the mistake was told")
+        pytest.fail("the model was loaded before the mistake was reported")
 
     monkeypatch.setattr("kglmatch.models.pretrained._read_safetensors", load)
 
@@ -66,7 +66,7 @@ def message(capsys, folder, argv):
     return captured.err
 
 
-# What is typed after `kglmatch`, and words that the answer must have.
+# What is typed after `kglmatch`, and text that the answer must have.
 MISTAKES = {
     "": ["COMMAND"],
     "mach vis.png ir.png": ["'mach'", "match"],
@@ -136,15 +136,15 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("typed", MISTAKES)
-def test_mistakes_are_told_in_one_line_before_the_model_is_loaded(folder, no_model, capsys, typed):
-    told = message(capsys, folder, typed.split())
+def test_mistakes_are_reported_in_one_line_before_the_model_is_loaded(folder, no_model, capsys, typed):
+    said = message(capsys, folder, typed.split())
     for word in MISTAKES[typed]:
-        assert word in told
+        assert word in said
 
 
 def test_an_image_smaller_than_a_patch(folder, capsys):
-    told = message(capsys, folder, ["match", "vis.png", "tiny.png", "-o", "m.png"])
-    assert "tiny.png is 63 x 40 pixels, smaller than a patch (64 x 64)" in told
+    said = message(capsys, folder, ["match", "vis.png", "tiny.png", "-o", "m.png"])
+    assert "tiny.png is 63 x 40 pixels, smaller than a patch (64 x 64)" in said
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:99", "tpu", "mps"])
@@ -152,8 +152,8 @@ def test_a_device_that_is_not_there_is_not_replaced(folder, capsys, device):
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available() and device == "cuda":
         pytest.skip("this machine has CUDA")
-    told = message(capsys, folder, ["match", "vis.png", "ir.png", "--device", device, "--save", "m.csv"])
-    assert device in told and "device" in told
+    said = message(capsys, folder, ["match", "vis.png", "ir.png", "--device", device, "--save", "m.csv"])
+    assert device in said and "device" in said
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
@@ -164,8 +164,8 @@ def test_an_unwritable_folder(folder, no_model, capsys):
     try:
         (closed / "probe").touch()
     except PermissionError:
-        told = message(capsys, folder, ["match", "vis.png", "ir.png", "--save", "closed/m.csv"])
-        assert "closed/m.csv" in told and "ermission" in told
+        said = message(capsys, folder, ["match", "vis.png", "ir.png", "--save", "closed/m.csv"])
+        assert "closed/m.csv" in said and "ermission" in said
     else:
         pytest.skip("this user may write anywhere")
     finally:
@@ -182,8 +182,8 @@ def test_an_unreadable_image(folder, no_model, capsys, monkeypatch):
         return original(self)
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    told = message(capsys, folder, ["match", "vis.png", "ir.png"])
-    assert "vis.png" in told and "Permission denied" in told
+    said = message(capsys, folder, ["match", "vis.png", "ir.png"])
+    assert "vis.png" in said and "Permission denied" in said
 
 
 def test_a_failure_while_writing_leaves_nothing(folder, capsys, monkeypatch):
@@ -202,8 +202,8 @@ def test_a_failure_while_writing_leaves_nothing(folder, capsys, monkeypatch):
 
     monkeypatch.setattr(Matcher, "match_images", match_images)
     (folder / "m.csv").write_bytes(b"old")
-    told = message(capsys, folder, ["match", "vis.png", "ir.png", "--max-keypoints", "2", "--save", "m.csv"])
-    assert "m.csv" in told and "No space left" in told
+    said = message(capsys, folder, ["match", "vis.png", "ir.png", "--max-keypoints", "2", "--save", "m.csv"])
+    assert "m.csv" in said and "No space left" in said
     assert (folder / "m.csv").read_bytes() == b"old"
 
 
@@ -240,9 +240,9 @@ NPZ = {
 def test_patches_that_are_none(folder, no_model, capsys, case):
     arrays, words = NPZ[case]
     np.savez(folder / "pairs.npz", **arrays)
-    told = message(capsys, folder, ["score", "pairs.npz", "--save", "scores.csv"])
+    said = message(capsys, folder, ["score", "pairs.npz", "--save", "scores.csv"])
     for word in ["pairs.npz", *words]:
-        assert word in told
+        assert word in said
 
 
 def test_a_damaged_npz(folder, no_model, capsys):
@@ -251,8 +251,8 @@ def test_a_damaged_npz(folder, no_model, capsys):
     for content in (whole[:5000], b"", b"PK\x03\x04 nonsense", whole.replace(b"\x93NUMPY", b"\x93NOPEY")):
         (folder / "pairs.npz").write_bytes(content)
         assert "pairs.npz" in message(capsys, folder, ["score", "pairs.npz"])
-    told = message(capsys, folder, ["score", "pairs.npz", "pairs.npz"])
-    assert "given alone" in told
+    said = message(capsys, folder, ["score", "pairs.npz", "pairs.npz"])
+    assert "given alone" in said
 
 
 # --- model folders --------------------------------------------------------------------------------
@@ -321,9 +321,9 @@ def not_a_number(path):
 )
 def test_damaged_weights(folder, model, capsys, damage, words):
     damage(model / WEIGHTS_FILE)
-    told = message(capsys, folder, ["score", "patch.png", "patch.png", "--model", "model"])
+    said = message(capsys, folder, ["score", "patch.png", "patch.png", "--model", "model"])
     for word in ["model", *words]:
-        assert word in told
+        assert word in said
 
 
 @pytest.mark.parametrize(
@@ -354,9 +354,9 @@ def test_wrong_configuration(folder, model, capsys, change, words):
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     else:
         path.write_bytes(change if isinstance(change, bytes) else change.encode())
-    told = message(capsys, folder, ["info", "model"])
+    said = message(capsys, folder, ["info", "model"])
     for word in words:
-        assert word in told
+        assert word in said
 
 
 def test_a_tampered_bundled_model_is_noticed(folder, model, capsys, monkeypatch):
@@ -397,8 +397,8 @@ def test_checkpoints_that_do_not_fit(folder, capsys):
     torch.save(net, "net.pth")
     torch.save(metric, "metric.pth")
     argv = ["-o", "model"]
-    told = message(capsys, folder, ["convert", "metric.pth", "net.pth", *argv])
-    assert "metric.pth is not a published KGL-Net checkpoint" in told
+    said = message(capsys, folder, ["convert", "metric.pth", "net.pth", *argv])
+    assert "metric.pth is not a published KGL-Net checkpoint" in said
 
     name = "layer1_com1.2.weight"
     tensor = net[name]
@@ -418,6 +418,6 @@ def test_a_pickle_is_not_executed(folder, capsys):
     torch.save({"a": Malicious()}, "zip.pth")
     Path("plain.pth").write_bytes(pickle.dumps(Malicious(), protocol=2))
     for name in ("zip.pth", "plain.pth"):
-        told = message(capsys, folder, ["convert", name, name, "-o", "model"])
-        assert f"checkpoint {name}" in told and "weights_only" not in told
+        said = message(capsys, folder, ["convert", name, name, "-o", "model"])
+        assert f"checkpoint {name}" in said and "weights_only" not in said
     assert not Path("pwned").exists()

@@ -50,7 +50,7 @@ def scene(tmp_path_factory, matcher) -> tuple[Path, Features, Features, np.ndarr
         (folder / name).parent.mkdir()
         cv2.imwrite(str(folder / name), np.rint(image * 255).astype(np.uint8))
     features = [
-        matcher.extract(folder / f"{modality}/a.png", modality, max_keypoints=100)
+        matcher.extract(folder / f"{modality}/a.png", modality, max_keypoints=60)
         for modality in ("vis", "ir")
     ]
     return folder, *features, homography
@@ -285,8 +285,8 @@ IMM_KEYS = {
 
 
 def test_image_matching_model(matcher, scene):
-    folder, vis, _, homography = scene
-    model = ImageMatchingModel(matcher, max_keypoints=100, min_score=0.2)
+    folder, vis, ir, homography = scene
+    model = ImageMatchingModel(matcher, max_keypoints=60, min_score=0.2)
     images = [model.load_image(folder / modality / "a.png") for modality in ("vis", "ir")]
     assert all(image.shape == (3, 240, 320) and image.dtype == torch.float32 for image in images)
     result = model(*images)
@@ -301,8 +301,7 @@ def test_image_matching_model(matcher, scene):
     assert np.median(np.linalg.norm(moved - result["inlier_kpts1"], axis=1)) < 2
     truth = cv2.perspectiveTransform(result["inlier_kpts0"][:, None].astype(np.float64), homography)[:, 0]
     assert np.median(np.linalg.norm(truth - result["inlier_kpts1"], axis=1)) < 3
-    extracted = model.extract(str(folder / "ir/a.png"), "ir")
-    assert np.allclose(extracted["all_desc0"], result["all_desc1"], atol=1e-4)
+    assert np.allclose(result["all_desc1"], ir.descriptors, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +328,14 @@ def test_image_matching_model_takes_every_option_of_match_images(thin_matcher, i
     assert np.allclose(result["matched_confidences"], expected.scores, atol=1e-6)
     assert len(result["all_kpts0"]) == len(result["all_desc0"]) == 8
     assert len(result["all_kpts1"]) == (16 if options.get("upright") is False else 8)
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_image_matching_model_extracts_one_image(thin_matcher, image_pair, upright):
+    model = ImageMatchingModel(thin_matcher, max_keypoints=8, upright=upright)
+    found, both = model.extract(str(image_pair[1]), "ir"), model(*image_pair)
+    assert np.array_equal(found["all_kpts0"], both["all_kpts1"])
+    assert np.allclose(found["all_desc0"], both["all_desc1"], atol=1e-5)
 
 
 def test_image_matching_model_refuses_other_options(thin_matcher, image_pair):
