@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from kglmatch.errors import KGLMatchError, OutputError
-from kglmatch.files import atomic_folder, atomic_output, check_output, make_folder
+from kglmatch.files import (
+    STALE_SECONDS,
+    atomic_folder,
+    atomic_output,
+    atomic_outputs,
+    check_output,
+    clear_stale,
+    make_folder,
+)
 
 
 def names(folder):
@@ -167,3 +179,154 @@ def test_make_folder(tmp_path):
         make_folder(tmp_path / "file")
     with pytest.raises(OutputError, match="cannot make"):
         make_folder(tmp_path / "file" / "b")
+
+
+# --- several outputs ------------------------------------------------------------------------------
+
+
+def test_several_outputs_appear_together(tmp_path):
+    old, new, folder = tmp_path / "old.txt", tmp_path / "new.txt", tmp_path / "graphs"
+    old.write_text("old")
+    folder.mkdir()
+    with atomic_outputs():
+        for path in (old, new):
+            with atomic_output(path) as temporary:
+                temporary.write_text("new")
+        with atomic_folder(folder) as temporary:
+            (temporary / "a.txt").write_text("a")
+        assert old.read_text() == "old" and not new.exists() and names(folder) == []
+    assert old.read_text() == new.read_text() == "new" and names(folder) == ["a.txt"]
+    assert names(tmp_path) == ["graphs", "new.txt", "old.txt"]
+    with atomic_output(new) as temporary:  # the group has ended
+        temporary.write_text("alone")
+    assert new.read_text() == "alone"
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("x"), KeyboardInterrupt()])
+def test_several_outputs_or_none(tmp_path, failure):
+    old = tmp_path / "old.txt"
+    old.write_text("old")
+    with pytest.raises(type(failure)), atomic_outputs():
+        for path in (old, tmp_path / "new.txt"):
+            with atomic_output(path) as temporary:
+                temporary.write_text("new")
+        with atomic_folder(tmp_path / "graphs") as temporary:
+            (temporary / "a.txt").write_text("a")
+        with atomic_output(tmp_path / "third.txt"):
+            raise failure
+    assert names(tmp_path) == ["old.txt"] and old.read_text() == "old"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_rename_that_fails_undoes_those_before_it(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    old, new, last = tmp_path / "old.txt", tmp_path / "new.txt", tmp_path / "last.txt"
+    old.write_text("old")
+    with pytest.raises(OutputError, match=r"cannot write .*last\.txt"), atomic_outputs():
+        for path in (old, new, last):
+            with atomic_output(path) as temporary:
+                temporary.write_text("new")
+        last.mkdir()  # by somebody else, meanwhile
+    assert names(tmp_path) == ["last.txt", "old.txt"] and old.read_text() == "old"
+
+
+def test_a_group_within_a_group_waits_for_the_outer_one(tmp_path):
+    with atomic_outputs():
+        with atomic_outputs(), atomic_output(tmp_path / "a.txt") as temporary:
+            temporary.write_text("a")
+        with pytest.raises(RuntimeError), atomic_outputs():
+            with atomic_output(tmp_path / "b.txt") as temporary:
+                temporary.write_text("b")
+            raise RuntimeError
+        assert not (tmp_path / "a.txt").exists()
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_no_output_at_all():
+    with atomic_outputs():
+        pass
+
+
+# --- what killed processes leave ------------------------------------------------------------------
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from kglmatch.files import atomic_folder, atomic_output, atomic_outputs
+folder = Path(sys.argv[1])
+with atomic_outputs(), atomic_output(folder / "a.npz") as file, atomic_folder(folder / "b") as inner:
+    file.write_bytes(b"half")
+    (inner / "c.txt").write_text("half")
+    print("written", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A process in the middle of writing a file and a folder."""
+    process = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "written\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def write_once(folder):
+    """What the next run does."""
+    code = "import sys; from kglmatch.files import atomic_output\nwith atomic_output(sys.argv[1]): pass"
+    subprocess.run([sys.executable, "-c", code, folder / "next.txt"], check=True)
+
+
+posix_only = pytest.mark.skipif(os.name != "posix", reason="asks for a process by signal 0")
+
+
+@posix_only
+@pytest.mark.parametrize("reaped", [True, False])
+def test_the_next_run_clears_what_a_killed_one_left(tmp_path, writer, reaped):
+    others = [".tmp-mine", ".tmp-0123456789abcdef", "kept.txt"]
+    for name in others:
+        (tmp_path / name).write_text("")
+    writer.send_signal(signal.SIGKILL)
+    if reaped:
+        writer.wait()
+    else:
+        os.waitid(os.P_PID, writer.pid, os.WEXITED | os.WNOWAIT)
+    assert len(names(tmp_path)) == len(others) + 2
+    write_once(tmp_path)
+    assert names(tmp_path) == sorted([*others, "next.txt"])
+
+
+@posix_only
+def test_a_living_writer_is_left_alone(tmp_path, writer):
+    before = names(tmp_path)
+    assert len(before) == 2 and all(name.startswith(".tmp-") for name in before)
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (0, 0))  # however old
+    write_once(tmp_path)
+    assert names(tmp_path) == [*before, "next.txt"]
+
+
+def test_temporaries_of_other_machines_are_cleared_by_age(tmp_path):
+    fresh, old = tmp_path / ".tmp-00000000-1-0a0a0a0a.npz", tmp_path / ".tmp-00000000-1-0b0b0b0b.tar.gz"
+    worked_in, abandoned = tmp_path / ".tmp-00000000-1-0c0c0c0c", tmp_path / ".tmp-00000000-1-0d0d0d0d"
+    for folder in (worked_in, abandoned):
+        folder.mkdir()
+        (folder / "a.txt").write_text("a")
+    for path in (fresh, old):
+        path.write_text("")
+    then = time.time() - STALE_SECONDS - 60
+    for path in (old, worked_in, abandoned / "a.txt", abandoned):
+        os.utime(path, (then, then))
+    clear_stale(tmp_path, again=True)
+    assert names(tmp_path) == [fresh.name, worked_in.name]
+
+
+def test_a_folder_is_looked_through_once(tmp_path, monkeypatch):
+    with atomic_output(tmp_path / "a.txt"):
+        pass
+    monkeypatch.setattr(os, "scandir", lambda _: pytest.fail("looked through again"))
+    with atomic_output(tmp_path / "b.txt"):
+        pass
+    assert names(tmp_path) == ["a.txt", "b.txt"]

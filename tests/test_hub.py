@@ -451,7 +451,7 @@ def test_info_says_that_a_model_is_from_the_hub(server, tmp_path, real_files):
 
 
 def test_onnx_graphs(server, options, files, tmp_path):
-    onnx = pytest.importorskip("kglmatch.backends.onnx", reason="onnxruntime is not installed")
+    pytest.importorskip("kglmatch.backends.onnx", reason="onnxruntime is not installed")
     graphs = {f"onnx/{name}": name.encode() for name in (*GRAPH_FILES, CHECKSUMS_FILE)}
     server.add("owner/graphs", {**files, **graphs})
     folder = resolve_onnx("owner/graphs", **options)
@@ -501,7 +501,7 @@ def test_push_to_a_branch_keeps_other_files(server, matcher, files):
 
 
 def test_push_with_onnx_graphs(server, matcher, options, tmp_path):
-    onnx = pytest.importorskip("kglmatch.backends.onnx", reason="onnxruntime is not installed")
+    pytest.importorskip("kglmatch.backends.onnx", reason="onnxruntime is not installed")
     with pytest.raises(WeightsError, match="unknown model"):
         matcher.push_to_hub("owner/new", token=TOKEN, endpoint=server.url, onnx=tmp_path / "nowhere")
     graphs = {name: name.encode() for name in (*GRAPH_FILES, CHECKSUMS_FILE)}

@@ -101,7 +101,12 @@ def test_wheel_holds_everything_and_nothing_else(distributions):
     with zipfile.ZipFile(distributions[1]) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
     code = {path.relative_to(CHECKOUT).as_posix() for path in CHECKOUT.glob("kglmatch/**/*.py")}
-    data = {"kglmatch/py.typed", "kglmatch/__init__.pyi", "kglmatch/training/__init__.pyi", "kglmatch/weights/SHA256SUMS"}
+    data = {
+        "kglmatch/py.typed",
+        "kglmatch/__init__.pyi",
+        "kglmatch/training/__init__.pyi",
+        "kglmatch/weights/SHA256SUMS",
+    }
     for folder in (CHECKOUT / "weights" / model for model in models()):
         data |= {f"kglmatch/weights/{folder.name}/{file}" for file in ("config.json", "model.safetensors")}
         if (folder / "README.md").is_file():
