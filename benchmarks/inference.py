@@ -2,12 +2,13 @@
 
     python benchmarks/inference.py                    # CPU, 64 pairs at once
     python benchmarks/inference.py --device cuda --pairs 2048
+    python benchmarks/inference.py --model runs/mine/model --no-onnx --pairs 2 --seconds 0.1    # a trial
     OMP_NUM_THREADS=1 python benchmarks/inference.py --cpu-time     # a machine that others use, too
 
-All contenders run by turns in one process, so that what else the machine does falls on all of them. A
+All contenders run by turns in one process, so that other load of the machine affects all of them. A
 pair is two descriptors, two metric maps and the score; arrays come from and go to numpy. The published
-way runs each stem twice, once for each branch, in float32 and PyTorch's default layout, and FRN as
-separate operations.
+way runs each branch from the patch on, in float32 and PyTorch's default layout, and FRN as separate
+operations; so each stem, and a trunk that serves both branches, runs twice.
 
 The matrix product of the same run is the yardstick: a convolution cannot do more multiplications a
 second than that.
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kglmatch import Matcher
+from kglmatch.models.cost import cost
 from kglmatch.models.network import ConvBlock, KGLNet
 from kglmatch.models.pretrained import load_model
 
@@ -67,13 +69,15 @@ def plain_descriptors(net: KGLNet, x: Tensor, modality: str) -> Tensor:
 
 
 def plain_maps(net: KGLNet, x: Tensor, modality: str) -> Tensor:
-    return plain_blocks(net.metric_trunk.select(modality), plain_blocks(net.stem.select(modality), x))
+    trunk = net.descriptor_trunk if net.metric_trunk is None else net.metric_trunk
+    return plain_blocks(trunk.select(modality), plain_blocks(net.stem.select(modality), x))
 
 
 def plain_scores(net: KGLNet, vis: Tensor, ir: Tensor) -> Tensor:
     head = net.metric_head
     x = torch.abs(plain_maps(net, vis, "vis") - plain_maps(net, ir, "ir"))
-    x = plain_frn_tlu(head.conv(x), head.norm, head.activation)
+    x = head.conv(x)
+    x = head.activation(x) if head.norm is None else plain_frn_tlu(x, head.norm, head.activation)
     x = F.adaptive_avg_pool2d(x, 1).flatten(1)
     return torch.sigmoid(head.fc3(F.relu(head.fc2(F.relu(head.fc1(x))))))
 
@@ -110,26 +114,6 @@ def ours(matcher: Matcher) -> tuple[Callable, Callable]:
         return [a.descriptors, b.descriptors, matcher.score(a, b)]
 
     return pairs, lambda vis: matcher.describe(vis, "vis", maps=False).descriptors
-
-
-def multiplications(config) -> tuple[float, float]:
-    """Multiply-adds of a pair as we run it (each stem once), and of one descriptor."""
-    net = KGLNet(config).eval()
-    count = 0
-
-    def hook(module: nn.Module, _: object, output: Tensor) -> None:
-        nonlocal count
-        count += module.weight[0].numel() * output.numel()
-
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(hook)
-    x = torch.zeros(1, 1, config.patch_size, config.patch_size)
-    with torch.no_grad():
-        net(x, x)
-        pair, count = count, 0
-        net.describe(x, "vis")
-    return pair, count
 
 
 def matrix_products(device: str, clock: Clock) -> Callable[[], float]:
@@ -198,6 +182,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=64, help="pairs at once (default: 64)")
     parser.add_argument("--seconds", type=float, default=60, help="time to measure (default: 60)")
     parser.add_argument("--dtype", help="of our backends (default: float16 on CUDA, float32 on the CPU)")
+    parser.add_argument(
+        "--onnx", metavar="FOLDER", help="graphs of the model (default: its own, or made once)"
+    )
+    parser.add_argument("--no-onnx", action="store_true", help="leave onnxruntime out")
     parser.add_argument("--cpu-time", action="store_true", help="count CPU time; needs OMP_NUM_THREADS=1")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -207,16 +195,18 @@ def main() -> None:
 
     options = {"device": args.device, "dtype": args.dtype}
     by_torch = Matcher.from_pretrained(args.model, **options)
-    by_onnx = Matcher.from_pretrained(args.model, backend="onnx", **options)
-    contenders = {
-        "published, eager PyTorch": published(args.model, args.device),
-        f"kglmatch, PyTorch {by_torch.backend.dtype}": ours(by_torch),
-        f"kglmatch, ONNX {by_onnx.backend.dtype}": ours(by_onnx),
-    }
+    matchers = {"PyTorch": by_torch}
+    if args.onnx is not None:
+        matchers["ONNX"] = Matcher.from_onnx(args.onnx, device=args.device)
+    elif not args.no_onnx:
+        matchers["ONNX"] = Matcher.from_pretrained(args.model, backend="onnx", **options)
+    contenders = {"published, eager PyTorch": published(args.model, args.device)}
+    for name, matcher in matchers.items():
+        contenders[f"kglmatch, {name} {matcher.backend.dtype}"] = ours(matcher)
     size = by_torch.config.patch_size
     rng = np.random.default_rng(0)
     vis, ir = (rng.random((args.pairs, size, size), dtype=np.float32) for _ in range(2))
-    full_precision = by_torch.backend.dtype == by_onnx.backend.dtype == "float32"
+    full_precision = all(matcher.backend.dtype == "float32" for matcher in matchers.values())
     results = {name: pairs(vis, ir) for name, (pairs, _) in contenders.items()}
     check_numbers(results, tolerance=1e-4 if full_precision else 2e-2)
 
@@ -227,7 +217,7 @@ def main() -> None:
         tasks[name, "descriptors"]()
     times, peaks = measure(tasks, matrix_products(args.device, clock), args.seconds, clock)
 
-    macs = dict(zip(("pairs", "descriptors"), multiplications(by_torch.config), strict=True))
+    macs = {"pairs": cost(by_torch.config).pair, "descriptors": cost(by_torch.config).descriptor}
     base, *_ = contenders
     rows = []
     for name in contenders:

@@ -30,13 +30,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from inference import multiplications, plain_blocks, plain_frn_tlu
+from inference import plain_blocks, plain_frn_tlu
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from kglmatch.datasets import ScenePairs
 from kglmatch.models.config import KGLNetConfig
+from kglmatch.models.cost import cost
 from kglmatch.models.network import KGLNet
 from kglmatch.training import Augmentation, Batch, Trainer, TrainingConfig, losses, mining, objective
 from kglmatch.training.data import load_training_data
@@ -202,12 +203,8 @@ def matrix_products(device: torch.device, precision: str, clock: Clock) -> Calla
 
 def operations_a_pair(config: TrainingConfig) -> float:
     """Floating-point operations of a training step as we run it, a pair: forward, and twice as much back."""
-    pair, _ = multiplications(NETWORK)
-    alone = KGLNet(NETWORK).metric_head
-    head = alone.conv.weight.numel() * NETWORK.map_size**2 + sum(
-        layer.weight.numel() for layer in (alone.fc1, alone.fc2, alone.fc3)
-    )
-    return 3 * 2 * (pair + (config.hard_negatives + config.random_negatives) * head)
+    of = cost(NETWORK)
+    return 3 * 2 * (of.pair + (config.hard_negatives + config.random_negatives) * of.score)
 
 
 def main() -> None:

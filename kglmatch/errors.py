@@ -23,6 +23,10 @@ class WeightsError(KGLMatchError):
     """Weights that are missing, damaged, or of another model."""
 
 
+class NoGraphsError(WeightsError):
+    """A model that has no ONNX graphs of its own, or none that can be reached."""
+
+
 class BackendError(KGLMatchError):
     """A device or execution provider that was asked for and cannot be had."""
 

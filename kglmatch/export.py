@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from kglmatch.errors import ExportError, KGLMatchError
 from kglmatch.files import atomic_folder
-from kglmatch.models.config import MAP_CHANNELS, KGLNetConfig
+from kglmatch.models.config import KGLNetConfig
 from kglmatch.models.files import (
     CARD_FILE,
     CHECKSUMS_FILE,
@@ -379,7 +379,8 @@ def _models(net: KGLNet, dtype: torch.dtype, batch: int | None, opset: int) -> d
     n = batch or 2
     patches = torch.zeros(n, 1, size, size)
     # Two tensors: one given twice would become one input.
-    maps = {f"metric_map_{m}": torch.zeros(n, MAP_CHANNELS, map_size, map_size) for m in ENCODER_FILES}
+    channels = net.metric_head.conv.in_channels
+    maps = {f"metric_map_{m}": torch.zeros(n, channels, map_size, map_size) for m in ENCODER_FILES}
     models: dict[str, onnx.ModelProto] = {}
     for modality, file in ENCODER_FILES.items():
         models[file] = _to_onnx(

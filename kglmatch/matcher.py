@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kglmatch.backends.base import Backend, Providers
 from kglmatch.errors import BackendError, KGLMatchError
+from kglmatch.files import atomic_outputs
 from kglmatch.models.card import ModelCard
 from kglmatch.models.files import ModelFiles
 from kglmatch.models.hub import HubOptions, upload
@@ -74,11 +75,11 @@ class Matcher(PatchMatcher):
             name_or_path: a bundled model's name (`kglmatch.list_pretrained()`), a local folder with
                 `config.json` and `model.safetensors`, or a model on the Hugging Face Hub,
                 "owner/name" or "owner/name@revision"; looked for in this order.
-            backend: "torch", or "onnx" for onnxruntime. Graphs that lie with the model, in a folder
+            backend: "torch", or "onnx" for onnxruntime. Graphs stored with the model, in a folder
                 `onnx`, are taken; else they are made once, by PyTorch, and kept in the cache.
             device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
             dtype: "float32", "float16" or "bfloat16" (PyTorch only); None takes float16 on CUDA, else
-                float32, and graphs that lie with the model as they are.
+                float32, and graphs stored with the model as they are.
             batch_size: patches that go through the network at once; None suits the device.
             providers: of onnxruntime, see `from_onnx`.
             revision, token, cache_dir, local_files_only, force_download, endpoint: how to reach the
@@ -91,14 +92,7 @@ class Matcher(PatchMatcher):
         """
         if backend not in BACKENDS:
             raise BackendError(f"backend must be one of {BACKENDS}, got {backend!r}")
-        hub: HubOptions = {
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "force_download": force_download,
-            "endpoint": endpoint,
-        }
+        hub = HubOptions(revision, token, cache_dir, local_files_only, force_download, endpoint)
         if backend == "onnx":
             from kglmatch.onnx_cache import load_pretrained
 
@@ -116,7 +110,7 @@ class Matcher(PatchMatcher):
             raise BackendError(f'providers={providers!r} are of onnxruntime: give backend="onnx" with them')
         from kglmatch.backends.torch import TorchBackend
 
-        files = resolve(name_or_path, **hub)
+        files = resolve(name_or_path, hub)
         state, config = load_files(files)
         return cls(TorchBackend(state, config, device=device, dtype=dtype, batch_size=batch_size), files)
 
@@ -134,7 +128,7 @@ class Matcher(PatchMatcher):
         Args:
             folder: what `export_onnx` wrote.
             providers: None or "auto" goes by `device`; else onnxruntime's execution providers by rank,
-                names or (name, options) pairs. One that does not come up is an error.
+                names or (name, options) pairs. One that does not start is an error.
             device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
             batch_size: patches that go through the network at once; None suits the device.
 
@@ -172,9 +166,8 @@ class Matcher(PatchMatcher):
             raise KGLMatchError('the weights are held as bfloat16: load them with dtype="float32" to export')
         from kglmatch.export import DEFAULT_OPSET, export_onnx
 
-        net: Any = getattr(self.backend, "net")  # noqa: B009
         return export_onnx(
-            {key: value.float() for key, value in net.state_dict().items()},
+            {key: value.float() for key, value in self.backend.state_dict().items()},
             self.config,
             folder,
             name=self.source.name if self.source else "KGL-Net",
@@ -225,7 +218,7 @@ class Matcher(PatchMatcher):
         Args:
             repo_id: "owner/name"; made if missing.
             card, half, onnx: as for `save_pretrained`.
-            message, private, revision, token, endpoint: see `kglmatch.models.hub.upload`.
+            message, private, revision, token, endpoint: see `kglmatch.models.hub.upload` and `HubOptions`.
 
         Returns:
             the commit's address.
@@ -236,15 +229,8 @@ class Matcher(PatchMatcher):
         """
         with tempfile.TemporaryDirectory() as folder:
             self._save(folder, repo_id, card, half, onnx)
-            return upload(
-                repo_id,
-                Path(folder),
-                message=message,
-                private=private,
-                revision=revision,
-                token=token,
-                endpoint=endpoint,
-            )
+            hub = HubOptions(revision=revision, token=token, endpoint=endpoint)
+            return upload(repo_id, Path(folder), hub, message=message, private=private)
 
     def _save(
         self,
@@ -254,20 +240,16 @@ class Matcher(PatchMatcher):
         half: bool,
         onnx: str | Path | None,
     ) -> None:
-        # By name: an ONNX matcher must not import torch.
-        if self.backend.name != "torch":
-            raise KGLMatchError(
-                "an ONNX matcher holds no weights to save: load the model that it was exported from"
-            )
+        state = self.backend.state_dict()
         if self.backend.dtype not in (("float32", "float16") if half else ("float32",)):
             raise KGLMatchError(
                 f'the weights are held as {self.backend.dtype}: load them with dtype="float32" to save them'
             )
-        net: Any = getattr(self.backend, "net")  # noqa: B009
-        save_model(folder, net.state_dict(), self.config, half=half)
-        save_card(folder, self.config, card, load=load, source=self.source)
-        if onnx is not None:
-            copy_onnx(onnx, folder)
+        with atomic_outputs():
+            save_model(folder, state, self.config, half=half)
+            save_card(folder, self.config, card, load=load, source=self.source)
+            if onnx is not None:
+                copy_onnx(onnx, folder)
 
     # --- whole images -------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""A model's ONNX graphs by its name: those that lie with the model, or made once and kept in a cache."""
+"""A model's ONNX graphs by its name: those stored with the model, or made once and kept in a cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kglmatch.backends.base import Providers
 from kglmatch.backends.onnx import DEVICE_MEMORY, OnnxBackend, choose_providers
-from kglmatch.errors import BackendError, OutputError, WeightsError
+from kglmatch.errors import BackendError, NoGraphsError, OutputError
 from kglmatch.files import make_folder
 from kglmatch.models.files import ModelFiles, read_bytes
 from kglmatch.models.hub import HubOptions
@@ -28,7 +28,7 @@ def load_pretrained(
     dtype: str | None,
     batch_size: int | None,
 ) -> OnnxBackend:
-    """The graphs of a model: those that lie with it, or else made once by PyTorch and kept in the cache.
+    """The graphs of a model: those stored with it, or else made once by PyTorch and kept in the cache.
 
     Args:
         name, hub: as for `kglmatch.models.pretrained.resolve`. The cache is `kglmatch-onnx` in its
@@ -43,10 +43,11 @@ def load_pretrained(
         raise BackendError(f'dtype must be "float32" or "float16" for ONNX, got {dtype!r}')
     (first, _), *_ = choose_providers(providers, device)[0]
     try:
-        folder = resolve_onnx(name, **hub)
-    except WeightsError:
+        folder = resolve_onnx(name, hub)
+    except NoGraphsError as error:
+        logger.info("no graphs of its own: %s", error)
         half = dtype == "float16" or (dtype is None and first in DEVICE_MEMORY)
-        folder = _exported(resolve(name, **hub), hub.get("cache_dir"), half)
+        folder = _exported(resolve(name, hub), hub.cache_dir, half)
     backend = OnnxBackend(folder, providers=providers, device=device, batch_size=batch_size)
     if dtype not in (None, backend.dtype):
         raise BackendError(
@@ -60,7 +61,8 @@ def _exported(files: ModelFiles, cache_dir: str | Path | None, half: bool) -> Pa
     """The cache's folder with the graphs of a model, exported now if they are not there."""
     content = read_bytes(files.weights) + read_bytes(files.config) + __version__.encode()
     kind = "float16" if half else "float32"
-    cache = Path(cache_dir or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kglmatch-onnx"
+    place = Path(cache_dir or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = place.expanduser() / "kglmatch-onnx"
     folder = cache / f"{hashlib.sha256(content).hexdigest()[:16]}-{kind}"
     if folder.is_dir():
         return folder

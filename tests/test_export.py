@@ -274,7 +274,7 @@ def test_a_changed_weight_is_noticed(exported, matcher, tmp_path, monkeypatch):
     weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * 1.1, weight.name))
     onnx.save(model, folder / HEAD_FILE)
     net = KGLNet(matcher.config).eval()
-    net.load_state_dict(matcher.backend.net.state_dict())
+    net.load_state_dict(matcher.backend.state_dict())
     with pytest.raises(ExportError, match=r"metric_head.onnx does not give PyTorch's numbers: score"):
         export._check(export._compare(folder, net, None), "float32")
 

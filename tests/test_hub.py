@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +23,12 @@ from huggingface_hub import ModelCard as HubCard
 from huggingface_hub import constants
 
 from kglmatch import Matcher
-from kglmatch.errors import ConfigError, KGLMatchError, OutputError, WeightsError
+from kglmatch.errors import ConfigError, KGLMatchError, NoGraphsError, OutputError, WeightsError
 from kglmatch.models import hub
 from kglmatch.models.files import CHECKSUMS_FILE, GRAPH_FILES, weights_root
+from kglmatch.models.hub import HubOptions
 from kglmatch.models.pretrained import load_config, load_model, resolve, resolve_onnx
+from kglmatch.onnx_cache import load_pretrained as load_graphs
 from kglmatch.options import DEFAULT_MODEL
 
 REPO = "owner/name"
@@ -64,9 +68,9 @@ def server(files, monkeypatch, tmp_path) -> Iterator[HubServer]:
 
 
 @pytest.fixture
-def options(server, tmp_path) -> dict[str, object]:
+def options(server, tmp_path) -> HubOptions:
     """What every call is given: the server's address and an empty cache."""
-    return {"endpoint": server.url, "cache_dir": tmp_path / "cache"}
+    return HubOptions(endpoint=server.url, cache_dir=tmp_path / "cache")
 
 
 def head(server: HubServer, repo_id: str = REPO) -> str:
@@ -90,7 +94,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 def test_online(server, options, matcher, real_files):
     server.add(REPO, real_files)
-    loaded = Matcher.from_pretrained(REPO, device="cpu", **options)
+    loaded = Matcher.from_pretrained(REPO, device="cpu", **asdict(options))
     patches = np.random.default_rng(0).random((2, 64, 64), dtype=np.float32)
     expected = matcher.describe(patches, "ir").descriptors
     assert np.array_equal(loaded.describe(patches, "ir").descriptors, expected)
@@ -100,14 +104,14 @@ def test_online(server, options, matcher, real_files):
 
 
 def test_only_config_and_safetensors_are_asked_for(server, options):
-    resolve(REPO, **options)
+    resolve(REPO, options)
     asked = {request.path.split("?")[0].rsplit("/", 1)[-1] for request in server.requests}
     assert asked == {"config.json", WEIGHTS, sha256(server.repos[REPO].commits[head(server)][WEIGHTS])}
 
 
 def test_token_goes_to_the_hub_and_not_to_its_cdn(server, options):
     server.repos[REPO].private = True
-    resolve(REPO, token=TOKEN, **options)
+    resolve(REPO, replace(options, token=TOKEN))
     sent = {(request.origin, request.headers.get("authorization")) for request in server.requests}
     assert sent == {("hub", f"Bearer {TOKEN}"), ("cdn", None)}
 
@@ -116,9 +120,9 @@ def test_tag_as_part_of_the_name(server, options, files):
     repo = server.repos[REPO]
     repo.refs["v1"] = head(server)
     repo.commit({**files, WEIGHTS: variant(files[WEIGHTS])})
-    assert resolve(f"{REPO}@v1", **options).weights.read_bytes() == files[WEIGHTS]
-    assert resolve(REPO, revision="v1", **options).commit == repo.refs["v1"]
-    assert resolve(REPO, **options).weights.read_bytes() == variant(files[WEIGHTS])
+    assert resolve(f"{REPO}@v1", options).weights.read_bytes() == files[WEIGHTS]
+    assert resolve(REPO, replace(options, revision="v1")).commit == repo.refs["v1"]
+    assert resolve(REPO, options).weights.read_bytes() == variant(files[WEIGHTS])
 
 
 def test_both_files_come_from_one_commit(server, options, files):
@@ -130,15 +134,15 @@ def test_both_files_come_from_one_commit(server, options, files):
             server.repos[REPO].commit({**files, WEIGHTS: variant(files[WEIGHTS])})
 
     server.on_request = move
-    found = resolve(REPO, **options)
+    found = resolve(REPO, options)
     assert found.commit == first != head(server)
     assert found.weights.read_bytes() == files[WEIGHTS]
 
 
 def test_force_download(server, options):
-    resolve(REPO, **options)
+    resolve(REPO, options)
     before = len(server.asked("GET"))
-    resolve(REPO, force_download=True, **options)
+    resolve(REPO, replace(options, force_download=True))
     assert len(server.asked("GET")) == 2 * before
 
 
@@ -146,9 +150,9 @@ def test_force_download(server, options):
 
 
 def test_cached_branch_asks_only_what_commit_it_is(server, options):
-    first = resolve(REPO, **options)
+    first = resolve(REPO, options)
     server.requests.clear()
-    assert resolve(REPO, **options) == first
+    assert resolve(REPO, options) == first
     assert server.requests
     assert {(request.method, "config.json" in request.path) for request in server.requests} == {
         ("HEAD", True)
@@ -156,49 +160,49 @@ def test_cached_branch_asks_only_what_commit_it_is(server, options):
 
 
 def test_cached_commit_makes_no_request(server, options):
-    commit = resolve(REPO, **options).commit
+    commit = resolve(REPO, options).commit
     server.requests.clear()
-    assert resolve(f"{REPO}@{commit}", **options).commit == commit
+    assert resolve(f"{REPO}@{commit}", options).commit == commit
     assert server.requests == []
 
 
 def test_new_commit_is_downloaded(server, options, files):
-    resolve(REPO, **options)
+    resolve(REPO, options)
     new = server.repos[REPO].commit({**files, WEIGHTS: variant(files[WEIGHTS])})
-    found = resolve(REPO, **options)
+    found = resolve(REPO, options)
     assert (found.commit, found.weights.read_bytes()) == (new, variant(files[WEIGHTS]))
 
 
 @pytest.mark.parametrize("status", [503, "refused"])
 def test_cache_serves_when_the_hub_does_not(server, options, status):
-    first = resolve(REPO, **options)
+    first = resolve(REPO, options)
     if status == "refused":
-        options["endpoint"] = "http://127.0.0.1:9"
+        options = replace(options, endpoint="http://127.0.0.1:9")
     else:
         server.status = status
-    assert resolve(REPO, **options) == first
+    assert resolve(REPO, options) == first
 
 
 # --- offline ----------------------------------------------------------------------------------
 
 
 def test_local_files_only(server, options):
-    first = resolve(REPO, **options)
+    first = resolve(REPO, options)
     server.requests.clear()
-    assert resolve(REPO, local_files_only=True, **options) == first
+    assert resolve(REPO, replace(options, local_files_only=True)) == first
     with pytest.raises(
         WeightsError, match=r"v2: config\.json is not in the cache at .*local_files_only=True"
     ):
-        resolve(f"{REPO}@v2", local_files_only=True, **options)
+        resolve(f"{REPO}@v2", replace(options, local_files_only=True))
     with pytest.raises(WeightsError, match="force_download needs the Hub"):
-        resolve(REPO, local_files_only=True, force_download=True, **options)
+        resolve(REPO, replace(options, local_files_only=True, force_download=True))
     assert server.requests == []
 
 
 def test_offline_variable(server, options, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match=rf"HF_HUB_OFFLINE is set.*bundled model \(.*{DEFAULT_MODEL}"):
-        resolve(REPO, **options)
+        resolve(REPO, options)
     assert server.requests == []
     assert resolve(DEFAULT_MODEL).source == "bundled"
 
@@ -236,11 +240,11 @@ def test_unreachable_hub_says_the_way_out(options, endpoint, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits for {seconds} s"))
     expected = rf"cannot reach the Hub at {endpoint} \(.+\), and {REPO} is not in .*HF_HUB_OFFLINE=1"
     with pytest.raises(WeightsError, match=expected) as caught:
-        resolve(REPO, **options | {"endpoint": endpoint})
+        resolve(REPO, replace(options, endpoint=endpoint))
     assert DEFAULT_MODEL in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(WeightsError, match="force_download needs it"):
-        resolve(REPO, force_download=True, **options | {"endpoint": endpoint})
+        resolve(REPO, replace(options, force_download=True, endpoint=endpoint))
 
 
 @pytest.fixture
@@ -266,16 +270,16 @@ def silent_hub(monkeypatch) -> Iterator[tuple[str, list[socket.socket]]]:
 def test_silent_hub_is_asked_once(options, silent_hub):
     endpoint, connections = silent_hub
     with pytest.raises(WeightsError, match="cannot reach the Hub"):
-        resolve(REPO, **options | {"endpoint": endpoint})
+        resolve(REPO, replace(options, endpoint=endpoint))
     assert len(connections) == 1
 
 
 def test_silent_hub_with_half_a_cache(options, silent_hub):
     """The configuration is there, the weights are not: each is asked for once."""
-    hub.download(REPO, ["config.json"], **options)
+    hub.download(REPO, ["config.json"], options)
     endpoint, connections = silent_hub
     with pytest.raises(WeightsError, match="cannot reach the Hub"):
-        resolve(REPO, **options | {"endpoint": endpoint})
+        resolve(REPO, replace(options, endpoint=endpoint))
     assert len(connections) == 2
 
 
@@ -289,9 +293,9 @@ def test_push_to_a_silent_hub(matcher, silent_hub):
 # --- refusals, each with its own words --------------------------------------------------------
 
 
-def refusal(name: str = REPO, **options: object) -> str:
+def refusal(options: HubOptions, name: str = REPO, **changes: object) -> str:
     with pytest.raises(WeightsError) as caught:
-        resolve(name, **options)
+        resolve(name, replace(options, **changes))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -300,48 +304,48 @@ def refusal(name: str = REPO, **options: object) -> str:
 @pytest.mark.parametrize("token", [None, OUTSIDER])
 def test_gated(server, options, token):
     server.repos[REPO].gated = True
-    message = refusal(token=token, **options)
+    message = refusal(options, token=token)
     assert f"{REPO} is gated: accept its terms at {server.url}/{REPO}" in message
-    assert resolve(REPO, token=TOKEN, **options).source == "hub"
+    assert resolve(REPO, replace(options, token=TOKEN)).source == "hub"
 
 
 @pytest.mark.parametrize("token", [None, OUTSIDER])
 @pytest.mark.parametrize("name", ["owner/private", "owner/missing"])
 def test_missing_or_private(server, options, files, name, token):
     server.add("owner/private", files, private=True)
-    message = refusal(name, token=token, **options)
+    message = refusal(options, name, token=token)
     assert f"{name} is neither a local folder nor a model that {server.url} shows" in message
     assert "private" in message
     assert DEFAULT_MODEL in message
 
 
 def test_wrong_token(server, options):
-    assert "refuses owner/name to this token (HTTP 401)" in refusal(token="hf_wrong", **options)
+    assert "refuses owner/name to this token (HTTP 401)" in refusal(options, token="hf_wrong")
 
 
 def test_token_that_is_not_stored(server, options, matcher):
-    assert "none is stored here" in refusal(token=True, **options)
+    assert "none is stored here" in refusal(options, token=True)
     with pytest.raises(OutputError, match="none is stored here"):
         matcher.push_to_hub(REPO, token=True, endpoint=server.url)
     assert server.requests == []
 
 
 def test_wrong_revision(server, options):
-    assert "owner/name has no revision 'v9'" in refusal(f"{REPO}@v9", **options)
-    resolve(REPO, **options)
-    assert "owner/name has no revision 'v9'" in refusal(REPO, revision="v9", **options)
+    assert "owner/name has no revision 'v9'" in refusal(options, f"{REPO}@v9")
+    resolve(REPO, options)
+    assert "owner/name has no revision 'v9'" in refusal(options, REPO, revision="v9")
 
 
 @pytest.mark.parametrize("missing", ["config.json", WEIGHTS])
 def test_repository_of_something_else(server, options, files, missing):
     server.add("owner/other", {name: files[name] for name in files if name != missing})
-    message = refusal("owner/other", **options)
+    message = refusal(options, "owner/other")
     assert f"owner/other has no {missing}" in message
     assert not server.asked(part="pytorch_model.bin")
 
 
 def test_name_that_the_hub_forbids(options):
-    assert "owner/na--me is not a valid name on the Hub" in refusal("owner/na--me", **options)
+    assert "owner/na--me is not a valid name on the Hub" in refusal(options, "owner/na--me")
 
 
 @pytest.mark.parametrize(
@@ -356,13 +360,13 @@ def test_name_that_the_hub_forbids(options):
 )
 def test_other_answers(server, options, status, words):
     server.status = status
-    assert words in refusal(**options)
+    assert words in refusal(options)
     assert len(server.requests) == 1
 
 
 def test_cache_that_cannot_be_written(server, options, tmp_path):
     (tmp_path / "file").touch()
-    assert "Not a directory" in refusal(**options | {"cache_dir": tmp_path / "file"})
+    assert "Not a directory" in refusal(options, cache_dir=tmp_path / "file")
 
 
 # --- downloads that break off, and what they leave ----------------------------------------------
@@ -372,7 +376,7 @@ def test_cut_in_mid_file_is_resumed(server, options, files, monkeypatch):
     # Of what comes before the cut, the client keeps whole pieces of this size.
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
     server.cuts = [10_000]
-    assert resolve(REPO, **options).weights.read_bytes() == files[WEIGHTS]
+    assert resolve(REPO, options).weights.read_bytes() == files[WEIGHTS]
     ranges = [request.headers.get("Range") for request in server.asked("GET", "/cdn/")]
     assert ranges == [None, "bytes=8192-"]
 
@@ -380,60 +384,60 @@ def test_cut_in_mid_file_is_resumed(server, options, files, monkeypatch):
 def test_cut_again_and_again(server, options, files, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     server.cuts = [1000] * 10
-    message = refusal(**options)
+    message = refusal(options)
     assert "the download of model.safetensors from owner/name to" in message
     assert "try again" in message
-    assert "the cached copy of commit" in refusal(local_files_only=True, **options)
+    assert "the cached copy of commit" in refusal(options, local_files_only=True)
     server.cuts = []
-    assert resolve(REPO, **options).weights.read_bytes() == files[WEIGHTS]
+    assert resolve(REPO, options).weights.read_bytes() == files[WEIGHTS]
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system cannot kill a process at once")
 def test_process_killed_in_mid_file(server, options, files):
     server.stall_after = 6000
     script = "import sys; from kglmatch.models.hub import download; download(sys.argv[1], sys.argv[2:])"
-    variables = {"HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(options["cache_dir"])}
+    variables = {"HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(options.cache_dir)}
     command = [sys.executable, "-c", script, REPO, "config.json", WEIGHTS]
     with subprocess.Popen(command, env=environment(**variables), stderr=subprocess.DEVNULL) as process:
         while not server.asked("GET", "/cdn/"):
             assert process.poll() is None
             time.sleep(0.02)
         process.kill()
-    assert list(Path(options["cache_dir"]).glob("**/*.incomplete"))
+    assert list(Path(options.cache_dir).glob("**/*.incomplete"))
     server.stall_after = None
-    assert "incomplete: model.safetensors is not in the cache" in refusal(local_files_only=True, **options)
-    assert resolve(REPO, **options).weights.read_bytes() == files[WEIGHTS]
+    assert "incomplete: model.safetensors is not in the cache" in refusal(options, local_files_only=True)
+    assert resolve(REPO, options).weights.read_bytes() == files[WEIGHTS]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "zeros at the end"])
 def test_half_written_cache(server, options, files, damage):
-    found = resolve(REPO, **options)
+    found = resolve(REPO, options)
     content = files[WEIGHTS]
     broken = {"truncated": content[:-500], "empty": b"", "zeros at the end": content[:-500] + bytes(500)}
     found.weights.resolve().write_bytes(broken[damage])
     with pytest.raises(WeightsError, match=r"model\.safetensors is damaged.*force_download=True"):
-        load_model(REPO, **options)
-    assert resolve(REPO, force_download=True, **options).weights.read_bytes() == content
+        load_model(REPO, options)
+    assert resolve(REPO, replace(options, force_download=True)).weights.read_bytes() == content
 
 
 def test_half_written_configuration(server, options, files):
-    config = resolve(REPO, **options).config
+    config = resolve(REPO, options).config
     config.resolve().write_bytes(files["config.json"][:30])
     with pytest.raises(ConfigError, match=r"config\.json is not valid JSON.*force_download=True"):
-        load_config(REPO, **options)
-    assert load_config(REPO, force_download=True, **options).ir_kind == "nir"
+        load_config(REPO, options)
+    assert load_config(REPO, replace(options, force_download=True)).ir_kind == "nir"
 
 
 def test_dangling_link_in_the_cache(server, options, files):
-    resolve(REPO, **options).weights.resolve().unlink()
-    assert "is incomplete: model.safetensors is not in the cache" in refusal(local_files_only=True, **options)
-    assert resolve(REPO, **options).weights.read_bytes() == files[WEIGHTS]
+    resolve(REPO, options).weights.resolve().unlink()
+    assert "is incomplete: model.safetensors is not in the cache" in refusal(options, local_files_only=True)
+    assert resolve(REPO, options).weights.read_bytes() == files[WEIGHTS]
 
 
 def test_pickle_under_the_name_of_weights(server, options, files, tmp_path):
     server.add("owner/trap", {**files, WEIGHTS: files["pytorch_model.bin"]})
     with pytest.raises(WeightsError, match="not a valid safetensors file"):
-        load_model("owner/trap", **options)
+        load_model("owner/trap", options)
 
 
 # --- the command line -------------------------------------------------------------------------
@@ -454,20 +458,44 @@ def test_onnx_graphs(server, options, files, tmp_path):
     pytest.importorskip("kglmatch.backends.onnx", reason="onnxruntime is not installed")
     graphs = {f"onnx/{name}": name.encode() for name in (*GRAPH_FILES, CHECKSUMS_FILE)}
     server.add("owner/graphs", {**files, **graphs})
-    folder = resolve_onnx("owner/graphs", **options)
+    folder = resolve_onnx("owner/graphs", options)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         name.removeprefix("onnx/"): content for name, content in graphs.items()
     }
     assert not server.asked(part=WEIGHTS)
     server.requests.clear()
     commit = head(server, "owner/graphs")
-    assert resolve_onnx("owner/graphs", **options | {"revision": commit}) == folder
+    assert resolve_onnx("owner/graphs", replace(options, revision=commit)) == folder
     assert server.requests == []
-    with pytest.raises(WeightsError, match=r"owner/name has no onnx/config\.json"):
-        resolve_onnx(REPO, **options)
+    with pytest.raises(NoGraphsError, match=r"owner/name has no onnx/encoder_vis\.onnx"):
+        resolve_onnx(REPO, options)
     assert resolve_onnx(folder) == resolve_onnx(folder.parent) == folder
-    with pytest.raises(WeightsError, match="kglmatch export --onnx"):
+    with pytest.raises(NoGraphsError, match="kglmatch export --onnx"):
         resolve_onnx(DEFAULT_MODEL)
+
+
+def test_onnx_graphs_without_checksums_are_taken(server, options, files, tmp_path):
+    """On the Hub as in a folder; also from the cache, where nobody can say that there are none."""
+    graphs = {f"onnx/{name}": name.encode() for name in GRAPH_FILES}
+    server.add("owner/graphs", {**files, **graphs})
+    folder = resolve_onnx("owner/graphs", options)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(GRAPH_FILES)
+    local = tmp_path / "local"
+    shutil.copytree(folder, local)
+    assert resolve_onnx(local) == local
+    assert resolve_onnx("owner/graphs", replace(options, local_files_only=True)) == folder
+    assert resolve_onnx("owner/graphs", replace(options, endpoint="http://127.0.0.1:9")) == folder
+
+
+@pytest.mark.parametrize("missing", [name for name in GRAPH_FILES if name != "encoder_vis.onnx"])
+def test_some_graphs_are_not_taken_for_none(server, options, files, missing):
+    """A model that lacks one of its graphs is damaged; it is not exported anew without a word."""
+    graphs = {f"onnx/{name}": b"" for name in GRAPH_FILES if name != missing}
+    server.add("owner/graphs", {**files, **graphs})
+    with pytest.raises(WeightsError, match=rf"has no onnx/{missing}") as caught:
+        load_graphs("owner/graphs", options, providers=None, device="cpu", dtype=None, batch_size=None)
+    assert not isinstance(caught.value, NoGraphsError)
+    assert not server.asked(part=WEIGHTS)
 
 
 # --- uploads ----------------------------------------------------------------------------------
@@ -481,7 +509,7 @@ def test_push_and_load(server, options, matcher):
     assert [request.origin for request in server.asked("PUT")] == ["cdn"]
     card = HubCard(pushed["README.md"].decode())
     assert card.data.library_name == "kglmatch"
-    loaded = Matcher.from_pretrained("owner/new", device="cpu", **options)
+    loaded = Matcher.from_pretrained("owner/new", device="cpu", **asdict(options))
     patches = np.random.default_rng(1).random((2, 64, 64), dtype=np.float32)
     assert np.array_equal(
         loaded.describe(patches, "vis").descriptors, matcher.describe(patches, "vis").descriptors
@@ -509,9 +537,9 @@ def test_push_with_onnx_graphs(server, matcher, options, tmp_path):
     for name, content in graphs.items():
         (tmp_path / "graphs" / name).write_bytes(content)
     matcher.push_to_hub("owner/new", token=TOKEN, endpoint=server.url, onnx=tmp_path / "graphs")
-    found = resolve_onnx("owner/new", **options)
+    found = resolve_onnx("owner/new", options)
     assert {path.name: path.read_bytes() for path in found.iterdir()} == graphs
-    assert resolve("owner/new", **options).weights.is_file()
+    assert resolve("owner/new", options).weights.is_file()
 
 
 def test_push_of_a_private_model(server, matcher):

@@ -19,6 +19,7 @@ from kglmatch.models import pretrained
 from kglmatch.models.card import ModelCard, Result
 from kglmatch.models.config import KGLNetConfig
 from kglmatch.models.files import CHECKSUMS_FILE, list_pretrained, weights_root
+from kglmatch.models.hub import HubOptions
 from kglmatch.models.network import KGLNet
 from kglmatch.models.pretrained import CHECKSUMS_COMMAND, load_config, load_model, resolve, save_model
 from kglmatch.options import DEFAULT_MODEL
@@ -69,7 +70,7 @@ def test_folder_comes_before_the_hub(folder, tmp_path, monkeypatch):
     (tmp_path / "owner").mkdir()
     folder.rename(tmp_path / "owner" / "name")
     monkeypatch.chdir(tmp_path)
-    files = resolve("owner/name", endpoint="http://127.0.0.1:9")
+    files = resolve("owner/name", HubOptions(endpoint="http://127.0.0.1:9"))
     assert files.source == "folder"
     assert str(Path("owner/name")) in files.origin
 
@@ -89,12 +90,12 @@ def test_folder_without_weights(folder):
 @pytest.mark.parametrize("name", [DEFAULT_MODEL, "folder"])
 def test_revision_is_for_the_hub_alone(name, folder):
     with pytest.raises(WeightsError, match="only models on the Hub"):
-        resolve(folder if name == "folder" else name, revision="v1")
+        resolve(folder if name == "folder" else name, HubOptions(revision="v1"))
 
 
 def test_two_revisions():
     with pytest.raises(WeightsError, match="give one"):
-        resolve("owner/name@v1", revision="v2")
+        resolve("owner/name@v1", HubOptions(revision="v2"))
 
 
 # --- damaged and foreign files ----------------------------------------------------------------

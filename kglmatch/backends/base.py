@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kglmatch.features import Array, Modality
 from kglmatch.models.config import KGLNetConfig
 
-# Execution providers of onnxruntime by rank, as it takes them; None or "auto" goes by the device.
+# Execution providers of onnxruntime by rank, as it takes them; None or "auto" chooses by the device.
 Providers = str | Sequence[str | tuple[str, Mapping[str, Any]]] | None
 
 
@@ -34,11 +34,18 @@ class Backend(Protocol):
     batch_size: int
     progress: bool
 
+    def state_dict(self) -> dict[str, Any]:
+        """The network's tensors by name, as held: in precision `dtype`, on `device`.
+
+        Raises:
+            KGLMatchError: a backend of exported graphs, which holds no weights.
+        """
+
     def encode(self, patches: Array, modality: Modality, *, maps: bool) -> tuple[Array, Array | None]:
         """(N, P, P) uint8 or floats -> descriptors (N, D) float32 and metric maps (N, 256, S, S).
 
         Descriptors are of the kind that the patches are (numpy or torch); maps stay on the device.
-        With `maps=False` the metric branch is not run and None stands in its place.
+        With `maps=False` no map is kept, a metric trunk is not run, and None is returned in its place.
         """
 
     def score(

@@ -23,7 +23,7 @@ from kglmatch.backends.base import Providers
 from kglmatch.errors import BackendError, KGLMatchError, WeightsError
 from kglmatch.features import Array, Modality, to_numpy
 from kglmatch.matching import top_k_rows
-from kglmatch.models.config import MAP_CHANNELS, KGLNetConfig
+from kglmatch.models.config import KGLNetConfig
 from kglmatch.models.files import (
     CHECKSUMS_FILE,
     CONFIG_FILE,
@@ -69,7 +69,7 @@ class OnnxBackend:
 
     On the CPU, metric maps are numpy arrays. On CUDA they stay in device memory as `DeviceMaps`, and
     each batch is padded to `batch_size`, so that convolutions are tuned for one shape. Threads on the
-    CPU are as many as OMP_NUM_THREADS says, as in PyTorch, else one for each core.
+    CPU are as many as OMP_NUM_THREADS says, as in PyTorch; else one per core.
 
     Args:
         folder: what `kglmatch export --onnx` wrote.
@@ -130,8 +130,7 @@ class OnnxBackend:
             )
         default = THREAD_BATCH * (_threads() or os.cpu_count() or 1) if memory is None else DEVICE_BATCH
         self.batch_size = fixed or batch_size or default
-        size = self.config.map_size
-        self._map_shape = (MAP_CHANNELS, size, size)
+        self._map_shape = tuple(first.get_outputs()[1].shape[1:])
         self._memory: _Memory = (
             _HostMemory(self._map_shape, fixed)
             if memory is None
@@ -146,12 +145,17 @@ class OnnxBackend:
             identity = _check_graph(session, path, self.config)
             if identity != (self._identity or identity):
                 raise WeightsError(
-                    f"{path} is of another model or precision than {ENCODER_FILES['vis']} beside it: "
+                    f"{path} is of another model or precision than {ENCODER_FILES['vis']} in this folder: "
                     "export both together"
                 )
             self._identity = identity
             self._sessions[file] = session
         return self._sessions[file]
+
+    def state_dict(self) -> dict[str, Any]:
+        raise KGLMatchError(
+            f"{self._folder} holds exported graphs and no weights: load the model that they come from"
+        )
 
     def encode(self, patches: Array, modality: Modality, *, maps: bool) -> tuple[Array, Array | None]:
         session = self._session((ENCODER_FILES if maps else DESCRIPTOR_FILES)[modality])

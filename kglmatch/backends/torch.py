@@ -84,7 +84,10 @@ class TorchBackend:
         net = KGLNet(config)
         net.load_state_dict(state)
         net.eval().requires_grad_(False).to(self._device, DTYPES[dtype])
-        self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self._net.state_dict())
 
     def _to_device(self, patches: Array) -> Tensor:
         """A chunk of patches as (N, 1, P, P) float32 on the device; uint8 travels as uint8."""
@@ -102,7 +105,7 @@ class TorchBackend:
         descriptors = torch.empty(n, self.config.descriptor_dim, device=self._device)
         metric_maps = (
             torch.empty(
-                (n, 256, size, size),
+                (n, self._net.metric_head.conv.in_channels, size, size),
                 dtype=DTYPES[self.dtype],
                 device=self._device,
                 memory_format=torch.channels_last,
@@ -114,9 +117,9 @@ class TorchBackend:
             part = slice(start, start + self.batch_size)
             x = self._to_device(patches[part])
             if metric_maps is None:
-                descriptors[part] = self.net.describe(x, modality)
+                descriptors[part] = self._net.describe(x, modality)
             else:
-                descriptors[part], metric_maps[part] = self.net.encode(x, modality)
+                descriptors[part], metric_maps[part] = self._net.encode(x, modality)
         return (descriptors if isinstance(patches, Tensor) else to_numpy(descriptors)), metric_maps
 
     @torch.inference_mode()
@@ -132,7 +135,7 @@ class TorchBackend:
         out = torch.empty(n, device=self._device)
         for start in steps(range(0, n, self.batch_size), "score", show=self.progress):
             part = slice(start, start + self.batch_size)
-            out[part] = self.net.score(self._rows(a, rows_vis, part), self._rows(b, rows_ir, part))
+            out[part] = self._net.score(self._rows(a, rows_vis, part), self._rows(b, rows_ir, part))
         return to_numpy(out)
 
     def _maps(self, maps: Array) -> Tensor:

@@ -9,17 +9,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kglmatch.options import DEFAULT_MODEL, DTYPES
+
 if TYPE_CHECKING:
     from kglmatch.matcher import Matcher
 
 DEVICE_HELP = '"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N" (default: auto)'
-DTYPES = ("float32", "float16", "bfloat16")
 
 EXIT_FAILED = 1  # a verdict, not a mistake: these images do not fit
 
 
 def say(text: str) -> None:
-    """Prints words for the reader; results alone go to stdout."""
+    """Prints a message for the reader on stderr; results alone go to stdout."""
     print(text, file=sys.stderr)
 
 
@@ -97,7 +98,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         metavar="M",
-        default="kglnet-vis-nir",
+        default=DEFAULT_MODEL,
         help="a bundled model (kglmatch info lists them), a model folder, or owner/name on the Hub "
         "(default: %(default)s)",
     )

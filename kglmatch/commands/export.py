@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kglmatch.commands.common import add_json_option, output_path, positive_int, print_json, say
+from kglmatch.options import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from kglmatch.models.files import ModelFiles
 
 
 def add_parser(subparsers: Any) -> None:
@@ -32,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--model",
         metavar="M",
-        default="kglnet-vis-nir",
+        default=DEFAULT_MODEL,
         help="a bundled model, a model folder, or owner/name on the Hub (default: %(default)s)",
     )
     parser.add_argument(
@@ -47,14 +50,23 @@ def add_parser(subparsers: Any) -> None:
     add_json_option(parser)
 
 
+def _default_folder(source: ModelFiles | None) -> Path:
+    """Named after the model, in the folder that the command runs in."""
+    if source is None or source.source == "bundled":
+        name = source.name if source else ""
+    elif source.repo_id is not None:
+        name = source.repo_id.rpartition("/")[2]
+    else:
+        name = source.config.parent.resolve().name
+    return Path(f"{name.lstrip('.') or 'model'}-onnx")
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     from kglmatch.matcher import Matcher
 
-    name = re.split(r"[/\\@]", args.model.rstrip("/\\"))
-    # Of owner/name@revision the name, of a folder its last part.
-    folder = args.output or Path(f"{name[-2] if '@' in args.model else name[-1]}-onnx")
     matcher = Matcher.from_pretrained(args.model, device="cpu", dtype="float32")
+    folder = args.output or _default_folder(matcher.source)
     say(f"exporting {args.model} to {folder}; this takes about a minute")
     report = matcher.export_onnx(folder, half=args.half, batch=args.batch, opset=args.opset)
     if args.json:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kglmatch.commands.common import add_json_option, print_json, say
+
+if TYPE_CHECKING:
+    from kglmatch.models.config import KGLNetConfig
 
 
 def add_parser(subparsers: Any) -> None:
@@ -49,12 +52,14 @@ def _list(as_json: bool) -> None:
 
 
 def _describe(name: str, as_json: bool) -> None:
+    from kglmatch.models.cost import cost
     from kglmatch.models.pretrained import load_files, resolve
 
     files = resolve(name)
     state, config = load_files(files)
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     parameters = sum(tensor.numel() for key, tensor in state.items() if not key.endswith(buffers))
+    macs = cost(config)
     weights = files.weights.read_bytes()
     description: dict[str, Any] = {
         "name": files.name,
@@ -66,6 +71,7 @@ def _describe(name: str, as_json: bool) -> None:
         "weights_bytes": len(weights),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "parameters": parameters,
+        "multiply_adds": dataclasses.asdict(macs),
         "config": dataclasses.asdict(config),
     }
     if as_json:
@@ -79,7 +85,27 @@ def _describe(name: str, as_json: bool) -> None:
         ("size", f"{len(weights) / 1e6:.1f} MB"),
         ("sha256", description["weights_sha256"]),
         ("parameters", f"{parameters:,}"),
+        ("metric head", f"reads {_maps(config)}"),
+        (
+            "multiply-adds",
+            f"{_millions(macs.descriptor)} for a patch's descriptor, "
+            f"{_millions(macs.descriptor_and_map)} with its metric map; "
+            f"{_millions(macs.score)} to score a pair",
+        ),
         *((key, str(value)) for key, value in description["config"].items()),
     ]
     width = max(len(key) for key, _ in rows)
     print("\n".join(f"{key:{width}}  {value}" for key, value in rows))
+
+
+def _maps(config: KGLNetConfig) -> str:
+    """Which maps the metric head reads."""
+    if config.metric_trunk == "descriptor":
+        return "the descriptor trunk's maps"
+    if config.metric_siamese:
+        return "the maps of a metric trunk that both sensors share"
+    return "the maps of metric trunks of its own, one for each sensor"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} million"

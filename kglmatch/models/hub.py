@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 from kglmatch.errors import KGLMatchError, OutputError, WeightsError
 from kglmatch.models.files import list_pretrained
@@ -22,7 +22,40 @@ NO_TOKEN = "token=True was given, but none is stored here: run `hf auth login`"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
-class HubOptions(TypedDict, total=False):
+# What the client raises, by the name of the class -> what it means; of an error's classes the nearest counts.
+# The fields are those of `_Wanted._explain`.
+_MEANINGS = {
+    "HFValidationError": "{model} is not a valid name on the Hub: {error}",
+    "LocalTokenNotFoundError": "{model}: " + NO_TOKEN,
+    "GatedRepoError": (
+        "{model} is gated: accept its terms at {hub}/{repo}, then run `hf auth login` or give token="
+    ),
+    "RepositoryNotFoundError": (
+        "{model} is neither a local folder nor a model that {hub} shows: check the name; if it is private, "
+        "run `hf auth login` or give token=. Bundled models{bundled} need no Hub"
+    ),
+    "RevisionNotFoundError": (
+        "{repo} has no revision {revision!r}: {hub}/{repo}/commits/main lists what it has"
+    ),
+    "LocalEntryNotFoundError": (
+        "{model}: {part}{file} is not in the cache at {cache}, and {why_offline}: download it once without, "
+        "or use a bundled model{bundled}"
+    ),
+    "EntryNotFoundError": (
+        "{model} has no {file}: it is not a repository that kglmatch can use (weights in formats other than "
+        "safetensors and ONNX are never read)"
+    ),
+}
+_REFUSED = "{hub} refuses {model} to this token (HTTP {status}): run `hf auth login` or give another token="
+_LATER = "{hub} answers HTTP {status} for {model}: try again later"
+_OTHER_STATUS = "{hub} answers HTTP {status} for {model}: check endpoint and HF_ENDPOINT"
+_BROKE_OFF = (
+    "the download of {file} from {model} to {cache} failed: {error}; nothing half-written was kept, try again"
+)
+
+
+@dataclass(frozen=True)
+class HubOptions:
     """How to reach the Hub; each is an argument of `huggingface_hub.hf_hub_download`.
 
     Attributes:
@@ -34,12 +67,15 @@ class HubOptions(TypedDict, total=False):
         endpoint: address of the Hub or of a mirror; None takes HF_ENDPOINT or https://huggingface.co.
     """
 
-    revision: str | None
-    token: str | bool | None
-    cache_dir: str | Path | None
-    local_files_only: bool
-    force_download: bool
-    endpoint: str | None
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+    endpoint: str | None = None
+
+
+DEFAULT_HUB = HubOptions()
 
 
 @dataclass(frozen=True)
@@ -64,15 +100,7 @@ def parse_hub_name(name: str) -> tuple[str, str | None] | None:
 
 
 def download(
-    repo_id: str,
-    filenames: Sequence[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    endpoint: str | None = None,
+    repo_id: str, filenames: Sequence[str], hub: HubOptions = DEFAULT_HUB, *, optional: Sequence[str] = ()
 ) -> Snapshot:
     """Brings files of a model repository into the cache, all of one commit.
 
@@ -83,16 +111,14 @@ def download(
     Args:
         repo_id: "owner/name".
         filenames: paths within the repository, at least one.
-        revision, token, cache_dir, local_files_only, force_download, endpoint: see `HubOptions`.
+        optional: paths that need not be there, or that the cache may lack where the Hub cannot be asked.
 
     Raises:
         WeightsError: no such repository, revision or file, one that needs permission, or a Hub that
             cannot be reached while the cache lacks a file.
     """
-    if cache_dir is not None:
-        cache_dir = Path(cache_dir).expanduser()
-    wanted = _Wanted(repo_id, revision, token, cache_dir, local_files_only, force_download, endpoint)
-    if force_download and wanted.offline:
+    wanted = _Wanted(repo_id, hub)
+    if hub.force_download and wanted.offline:
         raise WeightsError(f"{wanted}: force_download needs the Hub, but {wanted.why_offline}")
     snapshot: Snapshot | None = None
     for filename in filenames:
@@ -103,7 +129,14 @@ def download(
             snapshot = Snapshot(folder, folder.name)
     if snapshot is None:
         raise KGLMatchError(f"download needs at least one file name, got {filenames!r}")
+    for filename in optional:
+        with suppress(_AbsentError):
+            wanted.fetch(filename, snapshot)
     return snapshot
+
+
+class _AbsentError(WeightsError):
+    """A file that the repository does not have, or that the cache lacks while the Hub cannot be asked."""
 
 
 @dataclass(frozen=True)
@@ -111,29 +144,31 @@ class _Wanted:
     """One model's download: what was asked for, one file at a time, and what its errors mean."""
 
     repo_id: str
-    revision: str | None
-    token: str | bool | None
-    cache_dir: str | Path | None
-    local_files_only: bool
-    force_download: bool
-    endpoint: str | None
+    options: HubOptions
 
     def __str__(self) -> str:
-        return self.repo_id if self.revision is None else f"{self.repo_id}@{self.revision}"
+        revision = self.options.revision
+        return self.repo_id if revision is None else f"{self.repo_id}@{revision}"
 
     @property
     def offline(self) -> bool:
         from huggingface_hub import constants
 
-        return self.local_files_only or constants.HF_HUB_OFFLINE
+        return self.options.local_files_only or constants.HF_HUB_OFFLINE
 
     @property
     def why_offline(self) -> str:
-        return "local_files_only=True was given" if self.local_files_only else "HF_HUB_OFFLINE is set"
+        local = self.options.local_files_only
+        return "local_files_only=True was given" if local else "HF_HUB_OFFLINE is set"
 
     @property
     def hub(self) -> str:
-        return hub_address(self.endpoint)
+        return hub_address(self.options.endpoint)
+
+    @property
+    def cache_dir(self) -> Path | None:
+        given = self.options.cache_dir
+        return None if given is None else Path(given).expanduser()
 
     @property
     def cache(self) -> str:
@@ -145,22 +180,23 @@ class _Wanted:
         """The path of one file in the cache; later files come from the commit of the first."""
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-        revision = self.revision if snapshot is None else snapshot.commit
+        options = self.options
+        revision = options.revision if snapshot is None else snapshot.commit
         try:
             cached = try_to_load_from_cache(
                 self.repo_id, filename, cache_dir=self.cache_dir, revision=revision
             )
-            if not self.offline and (self.force_download or not isinstance(cached, str)):
+            if not self.offline and (options.force_download or not isinstance(cached, str)):
                 self._ask(filename, revision)
             return Path(
                 hf_hub_download(
                     self.repo_id,
                     filename,
                     revision=revision,
-                    token=self.token,
+                    token=options.token,
                     cache_dir=self.cache_dir,
                     local_files_only=self.offline,
-                    force_download=self.force_download,
+                    force_download=options.force_download,
                     endpoint=self.hub,
                     etag_timeout=_timeout(),
                     library_name="kglmatch",
@@ -177,12 +213,13 @@ class _Wanted:
 
         url = hf_hub_url(self.repo_id, filename, revision=revision, endpoint=self.hub)
         try:
-            metadata = get_hf_file_metadata(url, token=self.token, timeout=_timeout())
+            metadata = get_hf_file_metadata(url, token=self.options.token, timeout=_timeout())
         except (HfHubHTTPError, LocalTokenNotFoundError):
             raise
         except _client_errors() as error:
-            missing = "force_download needs it" if self.force_download else f"{self} is not in {self.cache}"
-            raise WeightsError(
+            forced = self.options.force_download
+            missing = "force_download needs it" if forced else f"{self} is not in {self.cache}"
+            raise _AbsentError(
                 f"cannot reach the Hub at {self.hub} ({one_line(error)}), and {missing}: check the "
                 f"connection, or use a bundled model{_bundled()} or a downloaded one (HF_HUB_OFFLINE=1 or "
                 "local_files_only=True asks nobody)"
@@ -194,82 +231,51 @@ class _Wanted:
             )
 
     def _explain(self, error: Exception, filename: str, snapshot: Snapshot | None) -> WeightsError:
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            GatedRepoError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            LocalTokenNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        """What an error of the client means here, by `_MEANINGS` or else its HTTP status."""
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-        if isinstance(error, HFValidationError):
-            return WeightsError(f"{self} is not a valid name on the Hub: {one_line(error)}")
-        if isinstance(error, LocalTokenNotFoundError):
-            return WeightsError(f"{self}: {NO_TOKEN}")
-        if isinstance(error, GatedRepoError):
-            return WeightsError(
-                f"{self} is gated: accept its terms at {self.hub}/{self.repo_id}, then run `hf auth login` "
-                "or give token="
-            )
-        if isinstance(error, RepositoryNotFoundError):
-            return WeightsError(
-                f"{self} is neither a local folder nor a model that {self.hub} shows: check the name; if it "
-                f"is private, run `hf auth login` or give token=. Bundled models{_bundled()} need no Hub"
-            )
-        if isinstance(error, RevisionNotFoundError):
-            return WeightsError(
-                f"{self.repo_id} has no revision {self.revision!r}: {self.hub}/{self.repo_id}/commits/main "
-                "lists what it has"
-            )
-        if isinstance(error, LocalEntryNotFoundError) and self.offline:
-            part = "" if snapshot is None else f"the cached copy of commit {snapshot.commit} is incomplete: "
-            return WeightsError(
-                f"{self}: {part}{filename} is not in the cache at {self.cache}, and {self.why_offline}: "
-                f"download it once without, or use a bundled model{_bundled()}"
-            )
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return WeightsError(
-                f"{self} has no {filename}: it is not a repository that kglmatch can use (weights in "
-                "formats other than safetensors and ONNX are never read)"
-            )
+        template = next((_MEANINGS[c.__name__] for c in type(error).__mro__ if c.__name__ in _MEANINGS), None)
+        absent = isinstance(error, EntryNotFoundError)
         status = http_status(error)
-        if status in (401, 403):
-            return WeightsError(
-                f"{self.hub} refuses {self} to this token (HTTP {status}): run `hf auth login` or give "
-                "another token="
-            )
-        if status is not None:
-            advice = "try again later" if status == 429 or status >= 500 else "check endpoint and HF_ENDPOINT"
-            return WeightsError(f"{self.hub} answers HTTP {status} for {self}: {advice}")
-        if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-            error = error.__cause__
-        return WeightsError(
-            f"the download of {filename} from {self} to {self.cache} failed: {one_line(error)}; "
-            "nothing half-written was kept, try again"
+        if isinstance(error, LocalEntryNotFoundError) and not self.offline:
+            # It stands for a download that broke off; its cause says why.
+            template, absent = None, False
+            if isinstance(error.__cause__, Exception):
+                error = error.__cause__
+        if template is None:
+            if status is None:
+                template = _BROKE_OFF
+            elif status in (401, 403):
+                template = _REFUSED
+            else:
+                template = _LATER if status == 429 or status >= 500 else _OTHER_STATUS
+        text = template.format(
+            model=self,
+            repo=self.repo_id,
+            revision=self.options.revision,
+            file=filename,
+            hub=self.hub,
+            cache=self.cache,
+            why_offline=self.why_offline,
+            part="" if snapshot is None else f"the cached copy of commit {snapshot.commit} is incomplete: ",
+            bundled=_bundled(),
+            status=status,
+            error=one_line(error),
         )
+        return _AbsentError(text) if absent else WeightsError(text)
 
 
 def upload(
-    repo_id: str,
-    folder: Path,
-    *,
-    message: str,
-    private: bool | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    endpoint: str | None = None,
+    repo_id: str, folder: Path, hub: HubOptions = DEFAULT_HUB, *, message: str, private: bool | None = None
 ) -> str:
     """Uploads a folder as one commit to a model repository, made if missing.
 
     Args:
         repo_id: "owner/name".
-        folder: what to upload; files that the repository holds besides stay.
+        folder: what to upload; other files of the repository stay.
+        hub: its token, endpoint, and revision: the branch to commit to, one that exists.
         message: of the commit.
         private: for a new repository; None takes the owner's default.
-        revision: branch to commit to, one that exists; None is the main branch.
-        token, endpoint: see `HubOptions`.
 
     Returns:
         the commit's address.
@@ -284,12 +290,12 @@ def upload(
         RevisionNotFoundError,
     )
 
-    hub = hub_address(endpoint)
+    address = hub_address(hub.endpoint)
     if not _REPO_ID.fullmatch(repo_id):
         raise OutputError(f'cannot push to {repo_id!r}: expected the name of a repository, "owner/name"')
     if constants.HF_HUB_OFFLINE:
         raise OutputError(f"cannot push to {repo_id}: HF_HUB_OFFLINE is set")
-    api = HfApi(endpoint=hub, token=token, library_name="kglmatch", library_version=__version__)
+    api = HfApi(endpoint=address, token=hub.token, library_name="kglmatch", library_version=__version__)
     try:
         # Asked first, since a token may write to a repository that it may not make.
         try:
@@ -297,26 +303,26 @@ def upload(
         except RepositoryNotFoundError:
             api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision
+            repo_id=repo_id, folder_path=folder, commit_message=message, revision=hub.revision
         )
     except RevisionNotFoundError as error:
         raise OutputError(
-            f"cannot push to {repo_id}: it has no branch {revision!r}; make it first, or leave revision out"
+            f"cannot push to {repo_id}: it has no branch {hub.revision!r}; make it first, or give no revision"
         ) from error
     except LocalTokenNotFoundError as error:
         raise OutputError(f"cannot push to {repo_id}: {NO_TOKEN}") from error
     except _client_errors() as error:
-        status = http_status(error)
-        if status in (401, 403):
-            reason = (
-                f"{hub} refuses (HTTP {status}); run `hf auth login` or give a token= that may write there"
-            )
-        elif status is not None:
-            reason = f"{hub} answers HTTP {status} ({one_line(error)})"
-        else:
-            reason = f"{hub} cannot be reached or broke off ({one_line(error)})"
-        raise OutputError(f"cannot push to {repo_id}: {reason}") from error
+        raise OutputError(f"cannot push to {repo_id}: {_why_not_pushed(error, address)}") from error
     return str(commit.commit_url)
+
+
+def _why_not_pushed(error: Exception, address: str) -> str:
+    status = http_status(error)
+    if status in (401, 403):
+        return f"{address} refuses (HTTP {status}); run `hf auth login` or give a token= that may write there"
+    if status is not None:
+        return f"{address} answers HTTP {status} ({one_line(error)})"
+    return f"{address} cannot be reached or broke off ({one_line(error)})"
 
 
 def hub_address(endpoint: str | None) -> str:
@@ -333,7 +339,7 @@ def http_status(error: Exception) -> int | None:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error's words, or its name if it has none."""
+    """The first line of an error's text, or its name if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].strip().rstrip(".:") if lines else type(error).__name__
 

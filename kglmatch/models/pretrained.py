@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING
 
-from kglmatch.errors import ConfigError, WeightsError
+from kglmatch.errors import ConfigError, NoGraphsError, WeightsError
 from kglmatch.files import atomic_output, make_folder
 from kglmatch.models.card import ModelCard
 from kglmatch.models.config import KGLNetConfig
@@ -25,31 +26,31 @@ from kglmatch.models.files import (
     read_bytes,
     weights_root,
 )
-from kglmatch.models.hub import HubOptions, download, parse_hub_name
+from kglmatch.models.hub import DEFAULT_HUB, HubOptions, download, parse_hub_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-# Its output lies beside the bundled models, so that a damaged installation is noticed.
+# Its output is stored with the bundled models, so that a damaged installation is noticed.
 CHECKSUMS_COMMAND = f"sha256sum */{WEIGHTS_FILE} > {CHECKSUMS_FILE}"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
-def resolve(name: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
+def resolve(name: str | Path, hub: HubOptions = DEFAULT_HUB) -> ModelFiles:
     """Finds a model's files: a bundled name first, then a local folder, then a model on the Hub.
 
     Args:
         name: a bundled name, a folder, or "owner/name" or "owner/name@revision" on the Hub.
-        hub: see `kglmatch.models.hub.HubOptions`; of no meaning for bundled models and folders, except
-            that those have no `revision`.
+        hub: how to reach the Hub; of no meaning for bundled models and folders, except that those have
+            no `revision`.
 
     Raises:
         WeightsError: no such model, a folder without the files of one, or what went wrong with the
             Hub.
     """
-    found = _find_local(name, hub.get("revision"))
+    found = _find_local(name, hub.revision)
     if isinstance(found, ModelFiles):
         missing = [path.name for path in (found.config, found.weights) if not path.is_file()]
         if missing:
@@ -59,8 +60,9 @@ def resolve(name: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
                 advice = "; Matcher.from_onnx loads graphs that kglmatch export --onnx wrote"
             raise WeightsError(f"{found.config.parent} {what}: it lacks {' and '.join(missing)}{advice}")
         return found
-    repo_id, hub["revision"] = found
-    snapshot = download(repo_id, [CONFIG_FILE, WEIGHTS_FILE], **hub)
+    repo_id, revision = found
+    files = [CONFIG_FILE, WEIGHTS_FILE]
+    snapshot = download(repo_id, files, dataclasses.replace(hub, revision=revision))
     return ModelFiles(
         str(name),
         "hub",
@@ -71,30 +73,38 @@ def resolve(name: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
     )
 
 
-def resolve_onnx(name: str | Path, **hub: Unpack[HubOptions]) -> Path:
+def resolve_onnx(name: str | Path, hub: HubOptions = DEFAULT_HUB) -> Path:
     """Finds a model's ONNX graphs, in the folder `onnx` beside its weights or in a folder of their own.
 
     Args:
         name, hub: as for `resolve`; or the folder that `kglmatch export --onnx` wrote.
 
     Returns:
-        the folder that holds them.
+        the folder that holds them, with or without `SHA256SUMS`.
 
     Raises:
-        WeightsError: no such model, one without graphs, or what went wrong with the Hub.
+        NoGraphsError: a model without graphs, or on a Hub that cannot be asked for them.
+        WeightsError: no such model, or one on the Hub that lacks some of its graphs.
     """
-    found = _find_local(name, hub.get("revision"))
+    found = _find_local(name, hub.revision)
     if isinstance(found, ModelFiles):
         folder = found.config.parent
         for place in (folder, folder / ONNX_FOLDER):
             if (place / ENCODER_FILES["vis"]).is_file():
                 return place
-        raise WeightsError(
+        raise NoGraphsError(
             f"{name} has no ONNX graphs in {folder / ONNX_FOLDER}: write some by `kglmatch export --onnx`"
         )
-    repo_id, hub["revision"] = found
-    files = [f"{ONNX_FOLDER}/{file}" for file in (*GRAPH_FILES, CHECKSUMS_FILE)]
-    return download(repo_id, files, **hub).folder / ONNX_FOLDER
+    repo_id, revision = found
+    first = f"{ONNX_FOLDER}/{ENCODER_FILES['vis']}"
+    try:
+        commit = download(repo_id, [first], dataclasses.replace(hub, revision=revision)).commit
+    except WeightsError as error:
+        raise NoGraphsError(str(error)) from error
+    others = [f for f in (f"{ONNX_FOLDER}/{file}" for file in GRAPH_FILES) if f != first]
+    at_commit = dataclasses.replace(hub, revision=commit)
+    sums = f"{ONNX_FOLDER}/{CHECKSUMS_FILE}"
+    return download(repo_id, others, at_commit, optional=[sums]).folder / ONNX_FOLDER
 
 
 def _find_local(name: str | Path, revision: str | None) -> ModelFiles | tuple[str, str | None]:
@@ -122,16 +132,16 @@ def _find_local(name: str | Path, revision: str | None) -> ModelFiles | tuple[st
     return ModelFiles(str(name), source, folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
-def load_config(name: str | Path, **hub: Unpack[HubOptions]) -> KGLNetConfig:
+def load_config(name: str | Path, hub: HubOptions = DEFAULT_HUB) -> KGLNetConfig:
     """The configuration of a model, without its weights. Arguments and errors as for `resolve`.
 
     Raises:
         ConfigError: a wrong `config.json`.
     """
-    return _read_config(resolve(name, **hub))
+    return _read_config(resolve(name, hub))
 
 
-def load_model(name: str | Path, **hub: Unpack[HubOptions]) -> tuple[dict[str, Tensor], KGLNetConfig]:
+def load_model(name: str | Path, hub: HubOptions = DEFAULT_HUB) -> tuple[dict[str, Tensor], KGLNetConfig]:
     """Reads a model's weights and configuration. Arguments as for `resolve`.
 
     Returns:
@@ -141,7 +151,7 @@ def load_model(name: str | Path, **hub: Unpack[HubOptions]) -> tuple[dict[str, T
         WeightsError: no such model, a damaged file, or tensors that do not fit the configuration.
         ConfigError: a wrong `config.json`.
     """
-    return load_files(resolve(name, **hub))
+    return load_files(resolve(name, hub))
 
 
 def load_files(files: ModelFiles) -> tuple[dict[str, Tensor], KGLNetConfig]:

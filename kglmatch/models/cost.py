@@ -1,0 +1,47 @@
+"""What a network costs: multiply-adds a patch and a pair, from its configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kglmatch.models.config import BLOCK_CHANNELS, BLOCK_STRIDES, BLOCKS, MAP_CHANNELS, KGLNetConfig
+
+HEAD_UNITS = (512, 256, 1)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds of the convolutions and linear layers; all else is below one percent of them.
+
+    Attributes:
+        descriptor: for the descriptor of a patch.
+        descriptor_and_map: for descriptor and metric map of a patch.
+        score: for the metric head on a pair of maps.
+    """
+
+    descriptor: int
+    descriptor_and_map: int
+    score: int
+
+    @property
+    def pair(self) -> int:
+        """For both descriptors, both maps and the score of a pair."""
+        return 2 * self.descriptor_and_map + self.score
+
+
+def cost(config: KGLNetConfig) -> Cost:
+    """Multiply-adds of `KGLNet(config)`, each stem and trunk counted once a patch."""
+    side, channels, blocks = config.patch_size, 1, []
+    for i in range(BLOCKS):
+        side //= BLOCK_STRIDES[i]
+        blocks.append(9 * channels * BLOCK_CHANNELS[i] * side**2)
+        channels = BLOCK_CHANNELS[i]
+    stem, trunk = sum(blocks[: config.split_after]), sum(blocks[config.split_after :])
+    area = config.map_size**2
+    descriptor = stem + trunk + MAP_CHANNELS * area * config.descriptor_dim
+    linear = sum(a * b for a, b in zip((MAP_CHANNELS, *HEAD_UNITS), HEAD_UNITS, strict=False))
+    return Cost(
+        descriptor,
+        descriptor + (trunk if config.metric_trunk == "own" else 0),
+        9 * MAP_CHANNELS**2 * area + linear,
+    )
