@@ -158,6 +158,24 @@ def measure(
     return times, peaks
 
 
+def rows(
+    times: dict[tuple[str, str], list[float]], macs: dict[str, int], pairs: int, peak: float
+) -> list[dict[str, object]]:
+    """One row of figures a contender; ratios to the first, round by round."""
+    names = list(dict.fromkeys(name for name, _ in times))
+    found = []
+    for name in names:
+        row: dict[str, object] = {"name": name}
+        for what, count in macs.items():
+            own, reference = times[name, what], times[names[0], what]
+            row[f"{what}_per_second"] = pairs / statistics.median(own)
+            row[f"{what}_best"] = pairs / min(own)
+            row[f"{what}_ratio"] = statistics.median(r / t for r, t in zip(reference, own, strict=True))
+            row[f"{what}_of_peak"] = pairs / min(own) * 2 * count / 1e9 / peak
+        found.append(row)
+    return found
+
+
 def print_table(report: dict) -> None:
     peak = report["matrix_product_gflops"]
     print(
@@ -173,6 +191,16 @@ def print_table(report: dict) -> None:
                 f"{row[f'{what}_ratio']:8.2f}{row[f'{what}_of_peak']:9.0%}"
             )
     print("\nper second, and ratio to the published way of the same round: medians; of peak: best to best")
+
+
+def load_matchers(args: argparse.Namespace) -> dict[str, Matcher]:
+    options = {"device": args.device, "dtype": args.dtype}
+    matchers = {"PyTorch": Matcher.from_pretrained(args.model, **options)}
+    if args.onnx is not None:
+        matchers["ONNX"] = Matcher.from_onnx(args.onnx, device=args.device)
+    elif not args.no_onnx:
+        matchers["ONNX"] = Matcher.from_pretrained(args.model, backend="onnx", **options)
+    return matchers
 
 
 def main() -> None:
@@ -193,13 +221,8 @@ def main() -> None:
         parser.error("--cpu-time needs OMP_NUM_THREADS=1")
     clock = time.process_time if args.cpu_time else time.perf_counter
 
-    options = {"device": args.device, "dtype": args.dtype}
-    by_torch = Matcher.from_pretrained(args.model, **options)
-    matchers = {"PyTorch": by_torch}
-    if args.onnx is not None:
-        matchers["ONNX"] = Matcher.from_onnx(args.onnx, device=args.device)
-    elif not args.no_onnx:
-        matchers["ONNX"] = Matcher.from_pretrained(args.model, backend="onnx", **options)
+    matchers = load_matchers(args)
+    by_torch = matchers["PyTorch"]
     contenders = {"published, eager PyTorch": published(args.model, args.device)}
     for name, matcher in matchers.items():
         contenders[f"kglmatch, {name} {matcher.backend.dtype}"] = ours(matcher)
@@ -218,17 +241,6 @@ def main() -> None:
     times, peaks = measure(tasks, matrix_products(args.device, clock), args.seconds, clock)
 
     macs = {"pairs": cost(by_torch.config).pair, "descriptors": cost(by_torch.config).descriptor}
-    base, *_ = contenders
-    rows = []
-    for name in contenders:
-        row: dict[str, object] = {"name": name}
-        for what, count in macs.items():
-            own, reference = times[name, what], times[base, what]
-            row[f"{what}_per_second"] = args.pairs / statistics.median(own)
-            row[f"{what}_best"] = args.pairs / min(own)
-            row[f"{what}_ratio"] = statistics.median(r / t for r, t in zip(reference, own, strict=True))
-            row[f"{what}_of_peak"] = args.pairs / min(own) * 2 * count / 1e9 / max(peaks)
-        rows.append(row)
     report = {
         "device": args.device,
         "threads": torch.get_num_threads(),
@@ -236,7 +248,7 @@ def main() -> None:
         "rounds": len(peaks),
         "matrix_product_gflops": {"median": statistics.median(peaks), "best": max(peaks)},
         "multiplications": macs,
-        "contenders": rows,
+        "contenders": rows(times, macs, args.pairs, max(peaks)),
     }
     if args.json:
         print(json.dumps(report))

@@ -1,4 +1,4 @@
-"""The command line: `kglmatch COMMAND ...`. Results go to stdout, words to stderr."""
+"""The command line: `kglmatch COMMAND ...`. Results go to stdout, messages to stderr."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def _fail(message: str) -> int:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     # PyTorch raises a RuntimeError of its own on CUDA, and a plain one on the CPU.
-    words = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(part in str(error) for part in words)
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(part in str(error) for part in texts)
 
 
 def _abandon_stdout() -> None:

@@ -1,7 +1,7 @@
 """Writing files so that no half-written one is ever left under its final name.
 
-What is written goes to a hidden temporary file or folder beside its final place, named after the process that
-writes it. A process that is killed leaves its temporaries behind; the next one that writes into the
+What is written goes to a hidden temporary file or folder next to its final place, named after the process
+that writes it. A process that is killed leaves its temporaries behind; the next one that writes into the
 folder removes them.
 """
 
@@ -291,7 +291,7 @@ def _place() -> str:
 
 
 def _temporary_name(final: Path) -> Path:
-    """A new name beside `final`, with its suffix."""
+    """A new name next to `final`, with its suffix."""
     return final.with_name(f".tmp-{_place()}-{os.getpid()}-{secrets.token_hex(4)}{final.suffix}")
 
 
@@ -307,7 +307,7 @@ def _remove(path: Path | None) -> None:
 
 
 def _begin(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The file that is meant, links followed, and a new empty file beside it."""
+    """The file that is meant, links followed, and a new empty file next to it."""
     final = Path(os.path.realpath(path))
     try:
         is_folder, exists, has_parent = final.is_dir(), final.exists(), final.parent.is_dir()

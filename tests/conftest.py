@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from filelock import FileLock
+from thin_network import export_thin
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -61,7 +67,30 @@ def thin_matcher():
 @pytest.fixture(scope="session")
 def exported(matcher, tmp_path_factory):
     """The report of the bundled model's export to ONNX, in float32; its folder is not to be changed."""
-    return matcher.export_onnx(tmp_path_factory.mktemp("onnx") / "exported")
+    return once(tmp_path_factory, "exported", matcher.export_onnx)
+
+
+@pytest.fixture(scope="session")
+def thin_exported(tmp_path_factory):
+    """A thin network whose head reads the descriptor trunk's maps, and the report of its export."""
+    from kglmatch.models.config import KGLNetConfig
+
+    return once(
+        tmp_path_factory,
+        "thin_exported",
+        lambda folder: export_thin(KGLNetConfig(metric_trunk="descriptor", head_norm="none"), folder),
+    )
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> Any:
+    """What `make` returns for a folder of that name: done by one of pytest-xdist's processes for all."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    made = root / f"{name}.pickle"
+    with FileLock(root / f"{name}.lock"):
+        if not made.is_file():
+            made.write_bytes(pickle.dumps(make(root / name)))
+        return pickle.loads(made.read_bytes())
 
 
 def texture(width: int, height: int, seed: int = 0) -> np.ndarray:

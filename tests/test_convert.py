@@ -8,25 +8,28 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from thin_network import make_thin
 
 from kglmatch import Matcher
 from kglmatch.errors import WeightsError
 from kglmatch.models.config import KGLNetConfig
 from kglmatch.models.convert import convert_published, published_names
 from kglmatch.models.network import KGLNet
-from kglmatch.models.pretrained import save_model
+from kglmatch.models.pretrained import check_fit, save_model
 
 Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
 def state() -> Tensors:
-    """The network's parameters, each of its own random values."""
+    """A thin network's parameters, each of its own random values."""
     torch.manual_seed(0)
-    return {
-        key: torch.rand_like(value) + 0.5 if value.is_floating_point() else value
-        for key, value in KGLNet().state_dict().items()
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        make_thin(patch)
+        return {
+            key: torch.rand_like(value) + 0.5 if value.is_floating_point() else value
+            for key, value in KGLNet().state_dict().items()
+        }
 
 
 @pytest.fixture
@@ -70,6 +73,17 @@ def test_what_training_scripts_wrap_around(state, published, tmp_path, wrap):
         wrapped = tuple({wrap: part} for part in published)
     converted = convert_published(*write(tmp_path, wrapped))
     assert torch.equal(converted["metric_head.fc3.weight"], state["metric_head.fc3.weight"])
+
+
+def test_a_published_checkpoint_fits_the_default_configuration_alone(parity):
+    converted = convert_published(parity / "net.safetensors", parity / "net_metric.safetensors")
+    check_fit(converted, KGLNetConfig(), "published")
+    for other, message in (
+        ({"metric_trunk": "descriptor"}, r"0 tensors missing .* 44 unexpected .*metric_trunk"),
+        ({"head_norm": "none"}, r"0 tensors missing .* 2 unexpected .*metric_head\.norm"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            check_fit(converted, KGLNetConfig(**other), "published")
 
 
 def test_numbers_of_the_published_code(parity, tmp_path):

@@ -6,12 +6,16 @@ import hashlib
 import itertools
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import once
+from thin_network import export_thin, make_thin, perturbed
 
 from kglmatch import export
 from kglmatch.backends.onnx import OnnxBackend
@@ -20,32 +24,11 @@ from kglmatch.errors import ExportError, KGLMatchError, OutputError
 from kglmatch.export import CHECKED_N, Parity, example_patches, export_onnx
 from kglmatch.matcher import Matcher
 from kglmatch.models.config import SPLITS, KGLNetConfig
-from kglmatch.models.files import DESCRIPTOR_FILES, ENCODER_FILES, HEAD_FILE, PAIR_FILE
-from kglmatch.models.network import FRN, KGLNet
+from kglmatch.models.files import DESCRIPTOR_FILES, ENCODER_FILES, HEAD_FILE, PAIR_FILE, ModelFiles
+from kglmatch.models.network import KGLNet
 
 GRAPHS = (*ENCODER_FILES.values(), *DESCRIPTOR_FILES.values(), HEAD_FILE, PAIR_FILE)
 SMALL = KGLNetConfig(patch_size=16, descriptor_dim=32)
-
-
-def perturbed(config: KGLNetConfig, *, mildly: bool = False) -> KGLNet:
-    """A network whose FRN weights are of either sign, and some of them, unless mildly, tiny or zero."""
-    torch.manual_seed(0)
-    net = KGLNet(config).eval().requires_grad_(False)
-    for module in net.modules():
-        if isinstance(module, FRN):
-            module.weight.uniform_(0.8, 1.2)
-            module.weight.flatten()[::3] *= -1
-            module.bias.normal_(0, 0.1)
-            if not mildly:
-                module.weight.flatten()[1::7] = 0
-                module.weight.flatten()[3::11] = -1e-5
-                module.bias *= 5
-    for name, tensor in net.state_dict().items():
-        if name.endswith(("tau", "running_mean")):
-            tensor.normal_(-0.5, 0.5)
-        if name.endswith(("running_var", "attention.conv.weight")):
-            tensor.uniform_(0.5, 2)
-    return net
 
 
 def graph(folder, file: str) -> onnx.ModelProto:
@@ -55,32 +38,51 @@ def graph(folder, file: str) -> onnx.ModelProto:
 # --- the lean network -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("opset", [18, 23])
-@pytest.mark.parametrize(
-    ("descriptor_siamese", "metric_siamese", "split"),
-    list(itertools.product((True, False), (True, False), SPLITS)),
-)
-def test_the_lean_network_is_the_network(descriptor_siamese, metric_siamese, split, opset):
-    config = KGLNetConfig(
-        patch_size=16,
-        descriptor_siamese=descriptor_siamese,
-        metric_siamese=metric_siamese,
-        split_after=split,
-    )
-    net = perturbed(config)
+def architectures() -> list[KGLNetConfig]:
+    """All 20 of the paper with its head, and those whose head reads the descriptor's maps."""
+    of_the_paper = [
+        KGLNetConfig(patch_size=16, descriptor_siamese=a, metric_siamese=b, split_after=split)
+        for a, b, split in itertools.product((True, False), (True, False), SPLITS)
+    ]
+    paper = KGLNetConfig(patch_size=16)
+    one_trunk = [
+        replace(paper, descriptor_siamese=a, split_after=split, metric_trunk="descriptor", head_norm="none")
+        for a, split in itertools.product((True, False), SPLITS)
+    ]
+    mixed = [replace(paper, head_norm="none"), replace(paper, metric_trunk="descriptor")]
+    return [*of_the_paper, *one_trunk, *mixed]
+
+
+def compare_lean(net: KGLNet, opset: int) -> None:
+    """The lean network gives the network's numbers."""
+    size, maps = net.config.patch_size, {}
     with torch.inference_mode():
-        maps = {}
         for modality in ("vis", "ir"):
-            x = torch.from_numpy(example_patches(8, 16))[:, None]
+            x = torch.from_numpy(example_patches(8, size))[:, None]
             lean = export._Encoder(net, modality, torch.float32, opset)
             expected = net.encode(x, modality)
             for value, reference in zip(lean(x), expected, strict=True):
                 assert (value - reference).abs().max() < 1e-4 * max(1, reference.abs().max())
             maps[modality] = expected[1]
-        head = export._MetricHead(net.metric_head, config.map_size, torch.float32, opset)
+        head = export._MetricHead(net.metric_head, net.config.map_size, torch.float32, opset)
         score = head(maps["vis"], maps["ir"])
         assert score.shape == (8,)
         assert (score - net.score(maps["vis"], maps["ir"])).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize(
+    "config", architectures(), ids=lambda c: "-".join(map(str, c.architecture().values()))
+)
+def test_the_lean_network_is_the_network(monkeypatch, config, opset):
+    make_thin(monkeypatch)
+    compare_lean(perturbed(config), opset)
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize(("trunk", "norm"), [("own", "frn"), ("descriptor", "none")])
+def test_the_lean_network_of_full_width(trunk, norm, opset):
+    compare_lean(perturbed(KGLNetConfig(patch_size=16, metric_trunk=trunk, head_norm=norm)), opset)
 
 
 def test_the_examples_are_hard():
@@ -200,12 +202,9 @@ def test_the_card_names_everything(exported):
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
-    net = perturbed(SMALL, mildly=True)
-    folder = tmp_path_factory.mktemp("half") / "graphs"
-    with pytest.MonkeyPatch.context() as patch:
-        # An untrained network magnifies rounding: thirty times the largest error of the trained one.
-        patch.setitem(export.TOLERANCE, "float16", 0.1)
-        return net, export_onnx(net.state_dict(), SMALL, folder, half=True, batch=3, opset=18)
+    return once(
+        tmp_path_factory, "half", lambda folder: export_thin(SMALL, folder, half=True, batch=3, opset=18)
+    )
 
 
 def test_half_has_float16_convolutions_and_float32_statistics(half):
@@ -262,41 +261,128 @@ def test_an_older_opset_has_older_operators(half):
     assert "RMSNormalization" not in {node.op_type for node in model.graph.node}
 
 
+# --- which maps the head reads --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A head with FRN on the descriptor's maps, in half precision."""
+    config = replace(SMALL, metric_trunk="descriptor")
+    return once(tmp_path_factory, "mixed", lambda folder: export_thin(config, folder, half=True))
+
+
+@pytest.fixture(params=["half", "thin_exported", pytest.param("mixed", marks=pytest.mark.slow)])
+def any_export(request):
+    """(own trunk, FRN), (descriptor trunk, no FRN) and (descriptor trunk, FRN): network and report."""
+    return request.getfixturevalue(request.param)
+
+
+def convolutions(model: onnx.ModelProto) -> int:
+    """3x3 convolutions; those of the channel attention are 1x1."""
+    return sum(
+        list(attribute.ints) == [3, 3]
+        for node in model.graph.node
+        if node.op_type == "Conv"
+        for attribute in node.attribute
+        if attribute.name == "kernel_shape"
+    )
+
+
+def test_one_trunk_where_the_head_reads_the_descriptors_maps(any_export):
+    net, report = any_export
+    own = net.config.metric_trunk == "own"
+    for modality in ENCODER_FILES:
+        encoder = graph(report.folder, ENCODER_FILES[modality])
+        descriptor = graph(report.folder, DESCRIPTOR_FILES[modality])
+        assert convolutions(descriptor) == 8
+        assert convolutions(encoder) == (12 if own else 8)
+        assert any("metric_trunk" in i.name for i in encoder.graph.initializer) == own
+        if not own:  # a second output, and a cast to float32 at most
+            assert len(encoder.graph.node) - len(descriptor.graph.node) <= 1
+            assert {i.name for i in encoder.graph.initializer} == {
+                i.name for i in descriptor.graph.initializer
+            }
+    # One convolution of the head; the descriptor head is not part of it.
+    assert convolutions(graph(report.folder, PAIR_FILE)) == 2 * 8 + 1
+    head = graph(report.folder, HEAD_FILE)
+    normed = {"RMSNormalization", "ReduceL2"} & {node.op_type for node in head.graph.node}
+    assert bool(normed) == (net.config.head_norm == "frn")
+
+
+def test_the_backend_gives_the_networks_numbers(any_export):
+    net, report = any_export
+    backend = OnnxBackend(report.folder, device="cpu")
+    assert backend.config == net.config
+    size = net.config.patch_size
+    patches = {"vis": example_patches(9, size)[:8], "ir": example_patches(9, size)[1:]}
+    tolerance = 1e-4 if backend.dtype == "float32" else 0.1
+    with torch.inference_mode():
+        expected = {m: net.encode(torch.from_numpy(p)[:, None], m) for m, p in patches.items()}
+        score = net.score(expected["vis"][1], expected["ir"][1]).numpy()
+    for n in (0, 1, 8):
+        maps = {}
+        for modality, values in patches.items():
+            descriptors, maps[modality] = backend.encode(values[:n], modality, maps=True)
+            alone, none = backend.encode(values[:n], modality, maps=False)
+            assert none is None and np.abs(alone - descriptors).max(initial=0) < 1e-5
+            for found, reference in zip((descriptors, maps[modality]), expected[modality], strict=True):
+                scale = max(1, reference.abs().max())
+                assert np.abs(found - reference[:n].numpy()).max(initial=0) < tolerance * scale
+        assert np.abs(backend.score(maps["vis"], maps["ir"]) - score[:n]).max(initial=0) < tolerance
+
+
+def test_scores_of_pairs_in_one_graph(any_export):
+    net, report = any_export
+    size = net.config.patch_size
+    vis, ir = example_patches(4, size)[:3, None], example_patches(4, size)[1:, None]
+    session = onnxruntime.InferenceSession(report.folder / PAIR_FILE, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"patches_vis": vis, "patches_ir": ir})
+    with torch.inference_mode():
+        expected = net(torch.from_numpy(vis), torch.from_numpy(ir))[2].numpy()
+    assert found.shape == (3,)
+    assert np.abs(found - expected).max() < (1e-4 if report.dtype == "float32" else 0.1)
+
+
 # --- failures -------------------------------------------------------------------------------------
 
 
-def test_a_changed_weight_is_noticed(exported, matcher, tmp_path, monkeypatch):
+def test_a_changed_weight_is_noticed(thin_exported, tmp_path, monkeypatch):
+    net, report = thin_exported
     folder = tmp_path / "changed"
-    shutil.copytree(exported.folder, folder)
+    shutil.copytree(report.folder, folder)
     model = graph(folder, HEAD_FILE)
     weight = next(i for i in model.graph.initializer if i.name == "fc2.weight")
     monkeypatch.setattr(export, "CHECKED_N", (2,))
     weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * 1.1, weight.name))
     onnx.save(model, folder / HEAD_FILE)
-    net = KGLNet(matcher.config).eval()
-    net.load_state_dict(matcher.backend.state_dict())
     with pytest.raises(ExportError, match=r"metric_head.onnx does not give PyTorch's numbers: score"):
         export._check(export._compare(folder, net, None), "float32")
 
 
+@pytest.fixture
+def thin_state(monkeypatch):
+    make_thin(monkeypatch)
+    return perturbed(SMALL).state_dict()
+
+
 @pytest.mark.parametrize("error", [2e-4, float("nan"), float("inf")])
-def test_a_failed_export_leaves_nothing(monkeypatch, tmp_path, error):
+def test_a_failed_export_leaves_nothing(monkeypatch, tmp_path, error, thin_state):
     monkeypatch.setattr(export, "_models", lambda *_: {})
     monkeypatch.setattr(
         export, "_compare", lambda *_: (Parity("encoder_vis.onnx", "descriptor", 7, error, 0),)
     )
     with pytest.raises(ExportError, match="nothing was written"):
-        export_onnx(perturbed(SMALL).state_dict(), SMALL, tmp_path / "graphs")
+        export_onnx(thin_state, SMALL, tmp_path / "graphs")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_export_leaves_nothing(monkeypatch, tmp_path):
+def test_an_interrupted_export_leaves_nothing(monkeypatch, tmp_path, thin_state):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(export, "_to_onnx", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        export_onnx(perturbed(SMALL).state_dict(), SMALL, tmp_path / "graphs")
+        export_onnx(thin_state, SMALL, tmp_path / "graphs")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -317,9 +403,17 @@ def test_bad_requests(matcher, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
 
-def test_matchers_that_cannot_be_exported(exported, tmp_path):
+def test_matchers_that_cannot_be_exported(thin_exported, tmp_path):
+    by_onnx = Matcher.from_onnx(thin_exported[1].folder, device="cpu")
     with pytest.raises(KGLMatchError, match="exported already"):
-        Matcher.from_onnx(exported.folder, device="cpu").export_onnx(tmp_path / "graphs")
+        by_onnx.export_onnx(tmp_path / "graphs")
+    for ask in (by_onnx.backend.state_dict, lambda: by_onnx.save_pretrained(tmp_path / "model")):
+        with pytest.raises(
+            KGLMatchError, match="holds exported graphs and no weights: load the model"
+        ) as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(KGLMatchError, match="bfloat16"):
         Matcher.from_pretrained(device="cpu", dtype="bfloat16").export_onnx(tmp_path / "graphs")
 
@@ -350,6 +444,33 @@ def test_the_command(requests, capsys, exported):
     report = json.loads(capsys.readouterr().out)
     assert report["opset"] == 23
     assert len(report["parity"]) == len(exported.parity)
+
+
+def test_the_default_folder_is_named_after_the_model(requests, matcher, capsys, monkeypatch, tmp_path):
+    folder = tmp_path / "my@rig" / ".model"
+    folder.mkdir(parents=True)
+    (folder.parent / "link").symlink_to(folder)
+
+    def load(name, **_):
+        place = Path(name)
+        return Matcher(matcher.backend, ModelFiles(name, "folder", place / "config.json", place / "w"))
+
+    monkeypatch.setattr(Matcher, "from_pretrained", load)
+    asked = {}
+    for place, given in (
+        (folder.parent, "."),
+        (folder, "."),
+        (tmp_path, "my@rig"),
+        (tmp_path, "my@rig/link"),
+    ):
+        monkeypatch.chdir(place)
+        assert main(["export", "--onnx", "--model", given]) == 0
+        asked[place.name, given] = requests[-1][0]
+    assert list(asked.values()) == ["my@rig-onnx", "model-onnx", "my@rig-onnx", "model-onnx"]
+    on_hub = ModelFiles("owner/net@v1", "hub", folder / "c", folder / "w", "owner/net", "0" * 40)
+    monkeypatch.setattr(Matcher, "from_pretrained", lambda *_, **__: Matcher(matcher.backend, on_hub))
+    assert main(["export", "--onnx", "--model", "owner/net@v1"]) == 0
+    assert requests[-1][0] == "net-onnx"
 
 
 def test_the_command_without_a_format_or_a_model(capsys, tmp_path):

@@ -23,6 +23,7 @@ from huggingface_hub import ModelCard as HubCard
 from huggingface_hub import constants
 
 from kglmatch import Matcher
+from kglmatch.cli import main
 from kglmatch.errors import ConfigError, KGLMatchError, NoGraphsError, OutputError, WeightsError
 from kglmatch.models import hub
 from kglmatch.models.files import CHECKSUMS_FILE, GRAPH_FILES, weights_root
@@ -211,23 +212,24 @@ def test_environment_variables(server, tmp_path):
     """HF_ENDPOINT names a mirror, HF_HOME the cache, HF_HUB_OFFLINE stays with it."""
     script = (
         "import sys; from kglmatch.models.pretrained import resolve\n"
-        "try: print(resolve(sys.argv[1]).commit)\n"
-        "except ValueError as error: print(error)\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: print(resolve(name).commit)\n"
+        "    except ValueError as error: print(error)\n"
     )
 
-    def run(name: str, **variables: str) -> str:
+    def run(*names: str, **variables: str) -> list[str]:
         variables |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.url + "/"}
-        command = [sys.executable, "-c", script, name]
+        command = [sys.executable, "-c", script, *names]
         done = subprocess.run(
             command, env=environment(**variables), cwd=tmp_path, capture_output=True, text=True, check=True
         )
-        return done.stdout.strip()
+        return done.stdout.splitlines()
 
-    assert run(REPO) == head(server)
+    assert run(REPO) == [head(server)]
     assert list((tmp_path / "home" / "hub").glob("models--owner--name/snapshots/*/model.safetensors"))
     asked = len(server.requests)
-    assert run(REPO, HF_HUB_OFFLINE="1") == head(server)
-    assert "HF_HUB_OFFLINE is set" in run("owner/other", HF_HUB_OFFLINE="1")
+    found, refused = run(REPO, "owner/other", HF_HUB_OFFLINE="1")
+    assert found == head(server) and "HF_HUB_OFFLINE is set" in refused
     assert len(server.requests) == asked
 
 
@@ -443,12 +445,13 @@ def test_pickle_under_the_name_of_weights(server, options, files, tmp_path):
 # --- the command line -------------------------------------------------------------------------
 
 
-def test_info_says_that_a_model_is_from_the_hub(server, tmp_path, real_files):
+def test_info_says_that_a_model_is_from_the_hub(server, tmp_path, real_files, monkeypatch, capsys):
     server.add(REPO, real_files)
-    command = [sys.executable, "-m", "kglmatch", "info", REPO, "--json"]
-    variables = environment(HF_HOME=str(tmp_path), HF_ENDPOINT=server.url)
-    done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["source"] == "hub"
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert main(["info", REPO, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["source"], found["commit"]) == ("hub", head(server))
 
 
 # --- ONNX graphs ------------------------------------------------------------------------------

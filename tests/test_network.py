@@ -7,11 +7,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from thin_network import CHANNELS, make_thin
 from torch import nn
 from torch.nn import functional as F
 
-from kglmatch.models.config import SPLITS, KGLNetConfig
+from kglmatch.models.config import HEAD_NORMS, METRIC_TRUNKS, SPLITS, KGLNetConfig
 from kglmatch.models.convert import convert_published
+from kglmatch.models.cost import cost
 from kglmatch.models.network import ECA, FRN, TLU, KGLNet, conv_blocks, normalize_activate
 
 ARCHITECTURES = list(itertools.product((True, False), (True, False), SPLITS))
@@ -38,8 +40,20 @@ def published(parity):
 
 
 @pytest.fixture
-def small():
+def thin(monkeypatch):
+    """Networks made from now on are thin."""
+    make_thin(monkeypatch)
+
+
+@pytest.fixture
+def small(thin):
     return random_net(KGLNetConfig(patch_size=16))
+
+
+@pytest.fixture
+def one_trunk(thin):
+    """The head reads the descriptor trunk's maps, and has no FRN."""
+    return random_net(KGLNetConfig(patch_size=16, metric_trunk="descriptor", head_norm="none"))
 
 
 def as_input(patches: np.ndarray) -> torch.Tensor:
@@ -117,8 +131,15 @@ def test_inference_leaves_its_input_alone_and_gives_the_numbers_of_training(smal
 # --- the published code's numbers -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("n", [16, 3, 1])
+@pytest.mark.parametrize(
+    ("n", "layout"),
+    [
+        (16, torch.contiguous_format),
+        (16, torch.channels_last),
+        (3, torch.contiguous_format),
+        (1, torch.channels_last),
+    ],
+)
 def test_the_published_numbers(published, layout, n):
     net, expected = published
     net = net.to(memory_format=layout)
@@ -127,7 +148,7 @@ def test_the_published_numbers(published, layout, n):
         descriptor_vis, map_vis = net.encode(vis, "vis")
         descriptor_ir, map_ir = net.encode(ir, "ir")
         score = net.score(map_vis, map_ir)
-        forward = net(vis, ir)
+        forward = net(vis, ir) if n < 16 else (descriptor_vis, descriptor_ir, score)
     for name, value in (
         ("descriptor_vis", descriptor_vis),
         ("descriptor_ir", descriptor_ir),
@@ -159,6 +180,42 @@ def test_the_size_of_the_network():
     assert sum(p.numel() for p in KGLNet().parameters()) == pytest.approx(6.41e6, abs=5e3)
 
 
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("trunk", METRIC_TRUNKS)
+@pytest.mark.parametrize("norm", HEAD_NORMS)
+def test_the_cost_is_that_of_the_layers(split, trunk, norm):
+    config = KGLNetConfig(patch_size=16, split_after=split, metric_trunk=trunk, head_norm=norm)
+    net, count = KGLNet(config).eval(), 0
+
+    def hook(module, _, output):
+        nonlocal count
+        count += module.weight[0].numel() * output.numel()
+
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(hook)
+    x, of = torch.zeros(1, 1, 16, 16), cost(config)
+    with torch.inference_mode():
+        for run, expected in (
+            (lambda: net.describe(x, "vis"), of.descriptor),
+            (lambda: net.encode(x, "ir"), of.descriptor_and_map),
+            (lambda: net(x, x), of.pair),
+        ):
+            count = 0
+            run()
+            assert count == expected
+
+
+def test_the_costs_that_the_design_names():
+    paper, ours = cost(KGLNetConfig()), cost(KGLNetConfig(metric_trunk="descriptor", head_norm="none"))
+    assert [round(c / 1e6) for c in (paper.descriptor, paper.descriptor_and_map, paper.score)] == [
+        211,
+        324,
+        38,
+    ]
+    assert ours.descriptor_and_map == ours.descriptor == paper.descriptor
+
+
 # --- what runs ------------------------------------------------------------------------------------
 
 
@@ -186,6 +243,48 @@ def test_each_stem_runs_once(small):
     assert parts(counts, "stem") == {"stem.vis": 1, "stem.ir": 1}
     assert parts(counts, "metric_trunk") == {"metric_trunk.vis": 1, "metric_trunk.ir": 1}
     assert parts(counts, "descriptor_trunk") == {"descriptor_trunk.shared": 2}
+
+
+def test_one_trunk_serves_descriptor_and_map(one_trunk):
+    counts = calls(one_trunk)
+    x = torch.rand(2, 1, 16, 16)
+    with torch.inference_mode():
+        descriptor, metric_map = one_trunk.encode(x, "vis")
+        assert parts(counts, "stem") == {"stem.vis": 1}
+        assert parts(counts, "descriptor_trunk") == {"descriptor_trunk.shared": 1}
+        assert not parts(counts, "metric_trunk")
+        assert torch.equal(descriptor, one_trunk.describe(x, "vis"))
+        assert torch.equal(metric_map, one_trunk.map(x, "vis"))
+        branches = one_trunk.branches(x, "vis")
+    assert torch.equal(branches.descriptor_map, metric_map) and torch.equal(branches.metric_map, metric_map)
+
+
+def test_a_head_without_frn_is_its_formula(one_trunk):
+    head = one_trunk.metric_head
+    a, b = (torch.randn(3, CHANNELS[-1], 2, 2) for _ in range(2))
+    given = a.clone(), b.clone()
+    with torch.inference_mode():
+        score = one_trunk.score(a, b)
+        x = F.conv2d((a - b).abs(), head.conv.weight, head.conv.bias, padding=1)
+        x = torch.maximum(x, head.activation.tau).mean(dim=(2, 3))
+        x = F.relu(F.linear(x, head.fc1.weight, head.fc1.bias))
+        x = F.relu(F.linear(x, head.fc2.weight, head.fc2.bias))
+        expected = torch.sigmoid(F.linear(x, head.fc3.weight, head.fc3.bias)).flatten()
+        assert not torch.allclose(one_trunk.score(2 * a, 2 * b), score, atol=1e-4)  # the size counts
+    assert torch.allclose(score, expected, atol=1e-6)
+    assert torch.equal(a, given[0]) and torch.equal(b, given[1])
+
+
+def test_names_of_the_parts():
+    def names(**options):
+        with torch.device("meta"):
+            return set(KGLNet(KGLNetConfig(**options)).state_dict())
+
+    paper = names()
+    assert paper - names(metric_trunk="descriptor") == {n for n in paper if n.startswith("metric_trunk.")}
+    assert paper - names(head_norm="none") == {"metric_head.norm.weight", "metric_head.norm.bias"}
+    assert names(metric_trunk="descriptor", head_norm="none") < paper
+    assert names(metric_trunk="descriptor", metric_siamese=True) == names(metric_trunk="descriptor")
 
 
 def test_descriptors_alone_do_not_run_the_metric_branch(small):
@@ -221,8 +320,9 @@ def test_brightness_of_a_patch_does_not_matter(small):
         )
 
 
-def test_gradients_reach_every_parameter():
-    net = random_net(KGLNetConfig(patch_size=16)).requires_grad_(True)
+@pytest.mark.parametrize("name", ["small", "one_trunk"])
+def test_gradients_reach_every_parameter(request, name):
+    net = request.getfixturevalue(name).requires_grad_(True)
     vis, ir, score = net(torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16))
     (vis.sum() + ir.sum() + score.sum()).backward()
     assert all(p.grad is not None for p in net.parameters())
@@ -232,24 +332,29 @@ def test_gradients_reach_every_parameter():
 
 
 @pytest.mark.parametrize(("descriptor_siamese", "metric_siamese", "split"), ARCHITECTURES)
-def test_every_architecture_runs(descriptor_siamese, metric_siamese, split):
+@pytest.mark.parametrize("trunk", METRIC_TRUNKS)
+def test_every_architecture_runs(thin, descriptor_siamese, metric_siamese, split, trunk):
     config = KGLNetConfig(
         patch_size=16,
         descriptor_dim=32,
         descriptor_siamese=descriptor_siamese,
         metric_siamese=metric_siamese,
         split_after=split,
+        metric_trunk=trunk,
+        head_norm="frn" if metric_siamese else "none",
     )
     net = random_net(config)
     x = torch.rand(2, 1, 16, 16)
     with torch.inference_mode():
         of_vis, of_ir = net.encode(x, "vis"), net.encode(x, "ir")
-        assert [tuple(t.shape) for t in of_vis] == [(2, 32), (2, 256, 2, 2)]
+        assert [tuple(t.shape) for t in of_vis] == [(2, 32), (2, CHANNELS[-1], 2, 2)]
         assert net.score(of_vis[1], of_ir[1]).shape == (2,)
     # Without a stem of its own, a Siamese branch is one and the same network for both.
     same = split == 0
     assert torch.equal(of_vis[0], of_ir[0]) == (descriptor_siamese and same)
-    assert torch.equal(of_vis[1], of_ir[1]) == (metric_siamese and same)
+    assert torch.equal(of_vis[1], of_ir[1]) == (
+        (metric_siamese if trunk == "own" else descriptor_siamese) and same
+    )
 
 
 def test_blocks_are_those_that_were_asked_for():

@@ -12,16 +12,26 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from thin_network import make_thin
 
 from kglmatch import Matcher
+from kglmatch.backends.torch import TorchBackend
+from kglmatch.cli import main
 from kglmatch.errors import ConfigError, KGLMatchError, OutputError, WeightsError
 from kglmatch.models import pretrained
-from kglmatch.models.card import ModelCard, Result
+from kglmatch.models.card import ModelCard, Result, TrainingSet
 from kglmatch.models.config import KGLNetConfig
 from kglmatch.models.files import CHECKSUMS_FILE, list_pretrained, weights_root
 from kglmatch.models.hub import HubOptions
 from kglmatch.models.network import KGLNet
-from kglmatch.models.pretrained import CHECKSUMS_COMMAND, load_config, load_model, resolve, save_model
+from kglmatch.models.pretrained import (
+    CHECKSUMS_COMMAND,
+    check_fit,
+    load_config,
+    load_model,
+    resolve,
+    save_model,
+)
 from kglmatch.options import DEFAULT_MODEL
 
 
@@ -193,7 +203,8 @@ def test_save_and_load_give_the_same_matcher(matcher, tmp_path):
         assert torch.equal(found.maps, expected.maps)
 
 
-def test_half_and_full_precision(tmp_path):
+def test_half_and_full_precision(monkeypatch, tmp_path):
+    make_thin(monkeypatch)
     torch.manual_seed(0)
     config = KGLNetConfig(patch_size=8)
     state = KGLNet(config).state_dict()
@@ -207,7 +218,8 @@ def test_half_and_full_precision(tmp_path):
         assert torch.allclose(half[key].double(), value.double(), rtol=1e-3, atol=1e-7)
 
 
-def test_what_float16_cannot_hold_is_not_saved(tmp_path):
+def test_what_float16_cannot_hold_is_not_saved(monkeypatch, tmp_path):
+    make_thin(monkeypatch)
     config = KGLNetConfig(patch_size=8)
     state = KGLNet(config).state_dict()
     state["descriptor_head.shared.norm.running_var"][0] = 1e6
@@ -231,6 +243,68 @@ def test_save_into_a_file(matcher, tmp_path):
         matcher.save_pretrained(tmp_path / "file")
 
 
+# --- which maps the head reads --------------------------------------------------------------------
+
+MIXED = [("descriptor", "none"), ("own", "none"), ("descriptor", "frn")]
+
+
+@pytest.mark.parametrize(("trunk", "norm"), MIXED)
+def test_every_kind_of_head_is_saved_and_loaded(monkeypatch, tmp_path, trunk, norm):
+    make_thin(monkeypatch)
+    config = KGLNetConfig(patch_size=16, metric_trunk=trunk, head_norm=norm, ir_kind="sar")
+    net = KGLNet(config)
+    Matcher(TorchBackend(net.state_dict(), config, device="cpu")).save_pretrained(tmp_path, half=False)
+    assert json.loads((tmp_path / "config.json").read_text())["metric_trunk"] == trunk
+    state, loaded = load_model(tmp_path)
+    assert loaded == config == KGLNetConfig.from_json(config.to_json())
+    assert all(torch.equal(state[key], value) for key, value in net.state_dict().items())
+    text = (tmp_path / "README.md").read_text()
+    assert ("The maps come from the descriptor trunk." in text) == (trunk == "descriptor")
+    with pytest.raises(WeightsError, match="does not fit its configuration"):
+        check_fit(state, KGLNetConfig(patch_size=16), "model.safetensors")
+
+
+def test_a_configuration_without_the_fields_is_the_papers():
+    values = json.loads(KGLNetConfig().to_json())
+    for name in ("metric_trunk", "head_norm"):
+        del values[name]
+    assert KGLNetConfig.from_json(json.dumps(values)) == KGLNetConfig()
+
+
+@pytest.mark.parametrize("name", ["metric_trunk", "head_norm"])
+@pytest.mark.parametrize("value", ["nothing", None, 1, ["own"], ""])
+def test_no_such_head(name, value):
+    text = json.dumps({"model_type": "kglnet", name: value})
+    with pytest.raises(ConfigError, match=rf"config\.json: {name} must be one of \('.*got ") as caught:
+        KGLNetConfig.from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "costs"),
+    [
+        ({}, "metric trunks of its own", ("210.9 million", "324.1 million", "38.0 million")),
+        (
+            {"metric_trunk": "descriptor", "head_norm": "none"},
+            "the descriptor trunk's maps",
+            ("210.9 million", "210.9 million with", "38.0 million"),
+        ),
+        ({"metric_siamese": True}, "that both sensors share", ("324.1 million",)),
+    ],
+)
+def test_info_says_what_the_head_reads_and_what_a_patch_costs(tmp_path, capsys, options, words, costs):
+    net = KGLNet(KGLNetConfig(**options))
+    save_model(tmp_path, net.state_dict(), net.config)
+    assert main(["info", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert words in text and f"{sum(p.numel() for p in net.parameters()):,}" in text
+    assert all(cost in text for cost in costs)
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["multiply_adds"]["score"] == 38_011_136
+    assert found["config"]["metric_trunk"] == net.config.metric_trunk
+
+
 # --- model cards ------------------------------------------------------------------------------
 
 
@@ -240,7 +314,11 @@ def test_card_metadata_as_the_hub_reads_it(matcher, tmp_path):
     card = ModelCard(
         "kglnet-example",
         license="cc-by-nc-4.0",
-        datasets={"rgb-nir-scene": "RGB-NIR scenes (Brown & Süsstrunk, CVPR 2011): research use"},
+        terms="Research use only.",
+        datasets={
+            "rgb-nir-scene": TrainingSet("RGB-NIR scenes (Brown & Süsstrunk, CVPR 2011)", "research use")
+        },
+        pairs_seen=1_250_000,
         results=[Result("RGB-NIR scenes, field", "FPR95 (%)", 1.25), Result("TNO", "FPR95 (%)", 7.5, "all")],
         command="kglmatch eval --json data",
         base_model="owner/base",
@@ -258,7 +336,9 @@ def test_card_metadata_as_the_hub_reads_it(matcher, tmp_path):
     assert "| TNO | all | FPR95 (%) | 7.5 |" in read.text
     assert "kglmatch eval --json data" in read.text
     assert "None is known" in read.text
-    assert "research use" in read.text
+    assert "| RGB-NIR scenes (Brown & Süsstrunk, CVPR 2011) | research use |" in read.text
+    assert "1,250,000 patch pairs" in read.text
+    assert read.text.split("\n\n")[1].strip() == "**Terms**: Research use only."
 
 
 def test_card_of_the_weights_is_kept(folder, tmp_path):
@@ -271,7 +351,7 @@ def test_short_card_says_what_is_not_known(folder, tmp_path):
     (folder / "README.md").unlink(missing_ok=True)
     Matcher.from_pretrained(folder, device="cpu").save_pretrained(tmp_path / "copy")
     text = (tmp_path / "copy" / "README.md").read_text(encoding="utf-8")
-    assert "Not stated" in text
+    assert "**Terms**: not stated" in text
     assert f'Matcher.from_pretrained("{tmp_path / "copy"}")' in text
     assert "license:" not in text
 
@@ -283,6 +363,6 @@ def test_card_text_of_ones_own(matcher, tmp_path):
 
 def test_card_that_the_hub_would_refuse():
     with pytest.raises(KGLMatchError, match="Brown & S"):
-        ModelCard("x", datasets={"Brown & Süsstrunk": "scenes"})
+        ModelCard("x", datasets={"Brown & Süsstrunk": TrainingSet("scenes", "")})
     with pytest.raises(KGLMatchError, match="command"):
         ModelCard("x", results=[Result("TNO", "FPR95", 1.0)])

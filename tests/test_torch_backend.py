@@ -5,24 +5,40 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from thin_network import CHANNELS, make_thin
 
 from kglmatch.backends.torch import TorchBackend, choose_device
 from kglmatch.errors import BackendError, KGLMatchError
 from kglmatch.models.config import KGLNetConfig
 from kglmatch.models.network import KGLNet
 
-CONFIG = KGLNetConfig(patch_size=16)
+OWN, ONE_TRUNK = (
+    KGLNetConfig(patch_size=16),
+    KGLNetConfig(patch_size=16, metric_trunk="descriptor", head_norm="none"),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def thin():
+    with pytest.MonkeyPatch.context() as patch:
+        make_thin(patch)
+        yield
+
+
+@pytest.fixture(scope="module", params=[OWN, ONE_TRUNK], ids=["own", "one-trunk"])
+def config(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def state():
+def state(config):
     torch.manual_seed(0)
-    return KGLNet(CONFIG).state_dict()
+    return KGLNet(config).state_dict()
 
 
 @pytest.fixture(scope="module")
-def backend(state):
-    return TorchBackend(state, CONFIG, device="cpu", batch_size=4)
+def backend(state, config):
+    return TorchBackend(state, config, device="cpu", batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +51,13 @@ def test_any_number_of_patches(backend, patches, n):
     descriptors, maps = backend.encode(patches[:n], "vis", maps=True)
     assert descriptors.shape == (n, 128)
     assert descriptors.dtype == np.float32
-    assert tuple(maps.shape) == (n, 256, 2, 2)
+    assert tuple(maps.shape) == (n, CHANNELS[-1], 2, 2)
     assert backend.encode(patches[:n], "vis", maps=False)[1] is None
     assert backend.score(maps, maps).shape == (n,)
 
 
-def test_the_batch_size_does_not_matter(backend, state, patches):
-    whole = TorchBackend(state, CONFIG, device="cpu", batch_size=64)
+def test_the_batch_size_does_not_matter(config, backend, state, patches):
+    whole = TorchBackend(state, config, device="cpu", batch_size=64)
     for a, b in zip(
         backend.encode(patches, "ir", maps=True), whole.encode(patches, "ir", maps=True), strict=True
     ):
@@ -70,8 +86,8 @@ def test_chosen_rows_score_like_the_maps_taken_out(backend, patches):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_stays_near_full(backend, state, patches, dtype):
-    half = TorchBackend(state, CONFIG, device="cpu", dtype=dtype)
+def test_half_precision_stays_near_full(config, backend, state, patches, dtype):
+    half = TorchBackend(state, config, device="cpu", dtype=dtype)
     assert half.dtype == dtype
     tolerance = 0.01 if dtype == "float16" else 0.06
     expected, expected_maps = backend.encode(patches, "vis", maps=True)
@@ -84,11 +100,17 @@ def test_half_precision_stays_near_full(backend, state, patches, dtype):
     assert np.abs(score - backend.score(expected_maps, expected_maps.flip(0))).max() < tolerance
 
 
-def test_half_precision_does_not_overflow(state):
-    half = TorchBackend(state, CONFIG, device="cpu", dtype="float16")
+def test_half_precision_does_not_overflow(config, state):
+    half = TorchBackend(state, config, device="cpu", dtype="float16")
     bright = np.random.default_rng(1).uniform(0, 65535, (2, 16, 16)).astype(np.float32)
     for value in half.encode(bright, "vis", maps=True):
         assert np.isfinite(np.asarray(value)).all()
+
+
+def test_the_state_is_that_of_the_network(backend, state):
+    found = backend.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
 def test_top_k_finds_the_nearest(backend):
@@ -121,8 +143,8 @@ def test_a_gpu_that_is_not_there(monkeypatch):
         choose_device("cuda:1")
 
 
-def test_bad_precision_and_batch(state):
+def test_bad_precision_and_batch(config, state):
     with pytest.raises(BackendError, match="dtype must be one of"):
-        TorchBackend(state, CONFIG, device="cpu", dtype="int8")
+        TorchBackend(state, config, device="cpu", dtype="int8")
     with pytest.raises(KGLMatchError, match="batch_size must be at least 1"):
-        TorchBackend(state, CONFIG, device="cpu", batch_size=0)
+        TorchBackend(state, config, device="cpu", batch_size=0)

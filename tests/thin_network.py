@@ -1,4 +1,4 @@
-"""A KGL-Net with few channels, and small image pairs, so that whole training runs take seconds.
+"""A KGL-Net with few channels, and small image pairs, so that exports and whole training runs take seconds.
 
 `python tests/thin_network.py train ...` is `kglmatch train ...` with that network. With KILL_IN_SAVE=N in
 the environment the process kills itself in the middle of writing its checkpoint number N, from 0.
@@ -12,10 +12,16 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from kglmatch.export import ExportReport
+    from kglmatch.models.config import KGLNetConfig
+    from kglmatch.models.network import KGLNet
 
 CHANNELS = (4, 4, 8, 8, 8, 8, 16, 16)
 
@@ -26,6 +32,43 @@ def make_thin(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(kglmatch.models.network, "BLOCK_CHANNELS", CHANNELS)
     patch.setattr(kglmatch.models.network, "MAP_CHANNELS", CHANNELS[-1])
+
+
+def perturbed(config: KGLNetConfig, *, mildly: bool = False) -> KGLNet:
+    """A network whose FRN weights are of either sign, and some of them, unless mildly, tiny or zero."""
+    import torch
+
+    from kglmatch.models.network import FRN, KGLNet
+
+    torch.manual_seed(0)
+    net = KGLNet(config).eval().requires_grad_(False)
+    for module in net.modules():
+        if isinstance(module, FRN):
+            module.weight.uniform_(0.8, 1.2)
+            module.weight.flatten()[::3] *= -1
+            module.bias.normal_(0, 0.1)
+            if not mildly:
+                module.weight.flatten()[1::7] = 0
+                module.weight.flatten()[3::11] = -1e-5
+                module.bias *= 5
+    for name, tensor in net.state_dict().items():
+        if name.endswith(("tau", "running_mean")):
+            tensor.normal_(-0.5, 0.5)
+        if name.endswith(("running_var", "attention.conv.weight")):
+            tensor.uniform_(0.5, 2)
+    return net
+
+
+def export_thin(config: KGLNetConfig, folder: Path, **options: Any) -> tuple[KGLNet, ExportReport]:
+    """Exports a thin network with perturbed weights; returns it and the report."""
+    from kglmatch import export
+
+    with pytest.MonkeyPatch.context() as patch:
+        make_thin(patch)
+        # An untrained network magnifies rounding: thirty times the largest error of the trained one.
+        patch.setattr(export, "TOLERANCE", {"float32": 1e-3, "float16": 0.1})
+        net = perturbed(config, mildly=True)
+        return net, export.export_onnx(net.state_dict(), config, folder, **options)
 
 
 def write_image_pairs(folder: Path, count: int = 4) -> None:

@@ -20,7 +20,7 @@ EXIT_FAILED = 1  # a verdict, not a mistake: these images do not fit
 
 
 def say(text: str) -> None:
-    """Prints a message for the reader on stderr; results alone go to stdout."""
+    """Prints a message on stderr; results alone go to stdout."""
     print(text, file=sys.stderr)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from kglmatch.errors import KGLMatchError
 from kglmatch.models.config import KGLNetConfig
+from kglmatch.models.cost import cost
 
 LIBRARY = "kglmatch"
 # A task of the Hub; it has none for matching.
@@ -38,7 +39,7 @@ class Result:
     """One measured figure.
 
     Attributes:
-        dataset: what it was measured on, in words ("RGB-NIR scenes, field").
+        dataset: what it was measured on, in plain text ("RGB-NIR scenes, field").
         metric: its name ("FPR95"); give the unit with it where there is one ("FPR95 (%)").
         value: the figure.
         split: part of the data set.
@@ -51,15 +52,29 @@ class Result:
 
 
 @dataclass(frozen=True)
+class TrainingSet:
+    """Data that a model was trained on.
+
+    Attributes:
+        description: what it is, in Markdown, with its source.
+        terms: what its terms allow ("research use", "CC BY 4.0").
+    """
+
+    description: str
+    terms: str
+
+
+@dataclass(frozen=True)
 class ModelCard:
-    """What a model card tells beyond the configuration.
+    """What a model card says beyond the configuration.
 
     Attributes:
         name: the model's name, the title of the card.
         load: what `Matcher.from_pretrained` is given to load it; None takes the name.
         license: of the weights, as the Hub calls it ("apache-2.0", "cc-by-nc-4.0"); None if unknown.
-        datasets: training data, its identifier on the Hub or one like it ("rgb-nir-scene") -> what
-            it is, in Markdown, with source and terms.
+        terms: what the weights may be used for, in a sentence; the first line below the title.
+        datasets: training data by its identifier on the Hub, or one like it ("rgb-nir-scene").
+        pairs_seen: patch pairs seen in training, all runs together.
         results: measured figures, in the order in which to show them.
         command: what measured them, as typed in a shell.
         base_model: the model on the Hub that this one was made from, "owner/name".
@@ -73,7 +88,9 @@ class ModelCard:
     name: str
     load: str | None = None
     license: str | None = None
-    datasets: Mapping[str, str] = field(default_factory=dict)
+    terms: str = ""
+    datasets: Mapping[str, TrainingSet] = field(default_factory=dict)
+    pairs_seen: int | None = None
     results: Sequence[Result] = ()
     command: str | None = None
     base_model: str | None = None
@@ -93,22 +110,32 @@ class ModelCard:
         """The text of the `README.md` of a model with this configuration."""
         parts = [
             f"---\n{self._metadata(config)}\n---\n\n# {self.name}",
+            f"**Terms**: {self._terms()}",
             _introduction(config),
             f"## Use\n\n{_usage(self.load or self.name)}",
         ]
         if self.notes:
             parts.append(self.notes.strip())
+        if self.datasets or self.pairs_seen is not None:
+            parts.append("## Training data")
+        if self.pairs_seen is not None:
+            parts.append(f"{self.pairs_seen:,} patch pairs were seen in training.")
         if self.datasets:
-            rows = [f"- {words}" for words in self.datasets.values()]
-            parts.append("## Training data\n\n" + "\n".join(rows))
+            rows = [f"| {data.description} | {data.terms} |" for data in self.datasets.values()]
+            parts.append("\n".join(["| data | terms |", "|---|---|", *rows]))
         if self.results:
             parts.append(
                 f"## Results\n\n{_table(self.results)}\n\nMeasured by:\n\n```bash\n{self.command}\n```"
             )
-        if self.license is None:
-            parts.append("## License\n\nNot stated by whoever saved these weights.")
         parts.append(f"## Citation\n\n{_CITATION}")
         return "\n\n".join(parts) + "\n"
+
+    def _terms(self) -> str:
+        if self.terms:
+            return self.terms
+        if self.license is not None:
+            return f"those of the license `{self.license}`."
+        return "not stated by whoever saved these weights."
 
     def _metadata(self, config: KGLNetConfig) -> str:
         from huggingface_hub import EvalResult, ModelCardData
@@ -144,13 +171,17 @@ def _slug(text: str) -> str:
 
 
 def _introduction(config: KGLNetConfig) -> str:
-    size = config.patch_size
+    size, macs = config.patch_size, cost(config)
+    trunk = "the descriptor trunk" if config.metric_trunk == "descriptor" else "metric trunks of their own"
     return (
         f"KGL-Net weights for the Python package kglmatch: matches grey {size} x {size} "
         "pixel patches, and whole images, of a visible camera against "
         f"{_SENSORS[config.ir_kind]}. Each patch gets a {config.descriptor_dim}-d descriptor, which finds "
         "candidates, and a metric map; a small head turns two maps into the probability that the patches "
-        "show the same place."
+        f"show the same place. The maps come from {trunk}. "
+        f"Multiply-adds: {macs.descriptor / 1e6:.0f} million for a patch's descriptor, "
+        f"{macs.descriptor_and_map / 1e6:.0f} million with its map, "
+        f"{macs.score / 1e6:.0f} million to score a pair."
     )
 
 

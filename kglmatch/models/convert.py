@@ -81,7 +81,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
-        # PyTorch's own words advise to let the file run code.
+        # PyTorch's own message advises to let the file run code.
         raise WeightsError(
             f"cannot read checkpoint {path}: it is damaged, no file of PyTorch, or holds more than tensors "
             "(expected a state dict as torch.save writes it)"

@@ -12,7 +12,7 @@ WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 CHECKSUMS_FILE = "SHA256SUMS"  # in the form of `sha256sum`
 
-# Exported graphs, in a folder of their own or in this one beside the weights.
+# Exported graphs, in a folder of their own or in this one next to the weights.
 ONNX_FOLDER = "onnx"
 ENCODER_FILES = {"vis": "encoder_vis.onnx", "ir": "encoder_ir.onnx"}
 DESCRIPTOR_FILES = {"vis": "descriptor_vis.onnx", "ir": "descriptor_ir.onnx"}
@@ -41,7 +41,7 @@ class ModelFiles:
 
     @property
     def origin(self) -> str:
-        """Where the model comes from, in words."""
+        """Where the model comes from, for messages."""
         if self.source == "bundled":
             return "bundled with kglmatch"
         if self.source == "folder":

@@ -74,7 +74,7 @@ def resolve(name: str | Path, hub: HubOptions = DEFAULT_HUB) -> ModelFiles:
 
 
 def resolve_onnx(name: str | Path, hub: HubOptions = DEFAULT_HUB) -> Path:
-    """Finds a model's ONNX graphs, in the folder `onnx` beside its weights or in a folder of their own.
+    """Finds a model's ONNX graphs, in the folder `onnx` next to its weights or in a folder of their own.
 
     Args:
         name, hub: as for `resolve`; or the folder that `kglmatch export --onnx` wrote.
@@ -209,7 +209,7 @@ def _bundled_sha256(name: str) -> str:
         if file == f"{name}/{WEIGHTS_FILE}":
             return checksum
     raise WeightsError(
-        f"{path} lacks {name}: install kglmatch again, or in a checkout run `{CHECKSUMS_COMMAND}` beside it"
+        f"{path} lacks {name}: install kglmatch again, or in a checkout run `{CHECKSUMS_COMMAND}` there"
     )
 
 
