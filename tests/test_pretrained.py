@@ -237,6 +237,18 @@ def test_lower_precision_is_not_saved_as_if_it_were_higher(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+def test_files_of_a_model_are_saved_together_or_not_at_all(folder, monkeypatch, tmp_path):
+    make_thin(monkeypatch)
+    config = KGLNetConfig(patch_size=16)
+    thin = Matcher(TorchBackend(KGLNet(config).state_dict(), config, device="cpu"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(WeightsError, match="unknown model"):
+        thin.save_pretrained(folder, onnx=tmp_path / "nowhere")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    thin.save_pretrained(folder)
+    assert load_config(folder) == config and len(list(folder.iterdir())) == 3
+
+
 def test_save_into_a_file(matcher, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="it is a file"):
