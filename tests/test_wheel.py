@@ -22,6 +22,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 NOT_COPIED = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "runs", "site")
 LARGEST_WHEEL = 60_000_000
 
+pytestmark = pytest.mark.slow
+
 # Written into the clean environment: whoever connects to anything fails.
 NO_NETWORK = """\
 import socket
