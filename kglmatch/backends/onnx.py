@@ -154,7 +154,7 @@ class OnnxBackend:
 
     def state_dict(self) -> dict[str, Any]:
         raise KGLMatchError(
-            f"{self._folder} holds exported graphs and no weights: load the model that they come from"
+            f"{self._folder} holds no weights but exported graphs: load the model that they come from"
         )
 
     def encode(self, patches: Array, modality: Modality, *, maps: bool) -> tuple[Array, Array | None]:
