@@ -409,7 +409,7 @@ def test_matchers_that_cannot_be_exported(thin_exported, tmp_path):
         by_onnx.export_onnx(tmp_path / "graphs")
     for ask in (by_onnx.backend.state_dict, lambda: by_onnx.save_pretrained(tmp_path / "model")):
         with pytest.raises(
-            KGLMatchError, match="holds exported graphs and no weights: load the model"
+            KGLMatchError, match="holds no weights but exported graphs: load the model"
         ) as caught:
             ask()
         assert "\n" not in str(caught.value)

@@ -447,7 +447,7 @@ def test_pickle_under_the_name_of_weights(server, options, files, tmp_path):
 
 def test_info_says_that_a_model_is_from_the_hub(server, tmp_path, real_files, monkeypatch, capsys):
     server.add(REPO, real_files)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(hub, "hub_address", lambda endpoint: endpoint or server.url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert main(["info", REPO, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
