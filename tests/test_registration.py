@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import other_sensor, texture
 
-from kglmatch.errors import ImageError, KGLMatchError
+from kglmatch.errors import KGLMatchError
 from kglmatch.geometry import (
     TRANSFORMS,
     corner_error,
@@ -20,7 +20,6 @@ from kglmatch.geometry import (
 from kglmatch.registration import align as registration
 from kglmatch.registration import structure, surfaces
 from kglmatch.registration import verdict as judge
-from kglmatch.resampling import warp_image
 
 
 def shifted(image, dx, dy):
@@ -216,34 +215,3 @@ def test_a_strong_witness_helps_a_weaker_one():
 def test_confidence_and_verdict_agree(support, agreed):
     registered = judge.give_verdict(support, agreed) == "registered"
     assert registered == (judge.confidence(support, agreed) >= 0.5)
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32, np.float64, bool])
-def test_warping_keeps_the_type(dtype):
-    image = (texture(40, 30) * 200).astype(dtype)
-    moved = warp_image(image, np.array([[1.0, 0, 3], [0, 1, -2], [0, 0, 1]]), (40, 30))
-    assert moved.dtype == dtype
-    assert np.allclose(moved[2:, :-3], image[:-2, 3:], rtol=1e-6)
-
-
-def test_warping_in_tiles_is_warping(monkeypatch):
-    image = texture(90, 70)
-    transform = similarity_about(8, 1.1, (44.5, 34.5), (46.0, 30.0))
-    transform[2, :2] = 1e-4, -2e-4
-    whole = warp_image(image, transform, (100, 80), nodata=-1)
-    monkeypatch.setattr("kglmatch.resampling._TILE", 32)
-    tiles = warp_image(image, transform, (100, 80), nodata=-1)
-    assert np.array_equal(whole == -1, tiles == -1) and 0 < (whole == -1).mean() < 0.5
-    assert np.abs(whole - tiles).max() < 0.02
-    colour = warp_image(np.dstack([image] * 3), transform, (100, 80), nodata=-1)
-    assert np.array_equal(colour[..., 1], tiles)
-
-
-def test_images_wider_than_opencv_warps():
-    image = np.zeros((3, 40_000), np.uint8)
-    image[1, 39_000:39_005] = 200
-    moved = warp_image(image, np.array([[1, 0, 10], [0, 1, 0], [0, 0, 1.0]]), (40_000, 3))
-    assert moved.shape == (3, 40_000)
-    assert (moved[1, 38_990:38_995] == 200).all() and np.count_nonzero(moved[1]) <= 9
-    with pytest.raises(ImageError, match="shrink that image first"):
-        warp_image(image, np.diag([100.0, 1, 1]), (400, 3))

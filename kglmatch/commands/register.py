@@ -212,17 +212,13 @@ def _read_raw(args: argparse.Namespace, rig: bool) -> list[NDArray[Any]]:
 
 
 def _check_nodata(nodata: float, dtype: np.dtype[Any], path: Path) -> None:
-    import numpy as np
-
     from kglmatch.errors import KGLMatchError
+    from kglmatch.resampling import check_nodata
 
-    if dtype.kind in "iu":
-        limits = np.iinfo(dtype)
-        if not (nodata == round(nodata) and limits.min <= nodata <= limits.max):
-            raise KGLMatchError(
-                f"--nodata {nodata:g} is no {dtype} value, which {path} holds; "
-                f"expected a whole number from {limits.min} to {limits.max}"
-            )
+    try:
+        check_nodata(nodata, dtype)
+    except KGLMatchError as error:
+        raise KGLMatchError(f"--nodata does not fit {path}: {error}") from None
 
 
 # --- one pair -------------------------------------------------------------------------------------
@@ -306,31 +302,12 @@ def _write_warped(args: argparse.Namespace, path: Path, image: NDArray[Any]) -> 
 
 
 def _warp(found: Registration, raw: NDArray[Any], nodata: float | None) -> NDArray[Any]:
-    """The image laid onto the visible one; nodata does not mix into the pixels beside it."""
-    import cv2
-    import numpy as np
-
-    from kglmatch.resampling import warp_image
+    """The image warped onto the visible one; nodata does not mix into the pixels near it."""
+    from kglmatch.resampling import warp_around_nodata
 
     if nodata is None or found.transform is None:
         return found.warp(raw)
-    # As `load_image` sees it: all colour channels alike; alpha is no colour.
-    colours = raw[..., : 1 if raw.shape[2] < 3 else 3] if raw.ndim == 3 else raw[..., None]
-    hole = (colours == nodata).all(axis=2)
-    if hole.any() and not hole.all():
-        # The nearest pixel with data stands in for the resampling.
-        _, labels = cv2.distanceTransformWithLabels(
-            hole.astype(np.uint8), cv2.DIST_L2, 3, labelType=cv2.DIST_LABEL_PIXEL
-        )
-        nearest = np.empty(labels.max() + 1, np.int64)
-        nearest[labels[~hole]] = np.arange(np.count_nonzero(~hole))
-        raw = raw.copy()
-        raw[hole] = raw[~hole][nearest[labels[hole]]]
-    moved = found.warp(raw, nodata=nodata)
-    full = np.where(hole, 0, 255).astype(np.uint8)
-    covered = warp_image(full, found.transform, found.vis_size, interpolation=cv2.INTER_LINEAR)
-    moved[covered < 255] = nodata
-    return moved
+    return warp_around_nodata(raw, found.transform, found.vis_size, nodata=nodata)
 
 
 def _matches(found: Registration) -> Matches:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from kglmatch.errors import KGLMatchError
 from kglmatch.geometry import TransformKind
-from kglmatch.resampling import warp_image
+from kglmatch.resampling import Interpolation, covered_by, warp_image
 
 Verdict = Literal["registered", "doubtful", "failed"]
 
@@ -59,18 +58,26 @@ class Registration:
         """Median residual of the inliers in pixels; NaN without any."""
         return float(np.median(self.residuals[self.inliers])) if self.inliers.any() else float("nan")
 
-    def warp(self, image: NDArray[Any], *, nodata: float = 0) -> NDArray[Any]:
-        """Lays an image of the other sensor onto the visible one.
+    def warp(
+        self, image: NDArray[Any], *, nodata: float = 0, interpolation: Interpolation | None = None
+    ) -> NDArray[Any]:
+        """Warps an image of the other sensor onto the visible one.
 
         Args:
-            image: (H, W) or (H, W, C) in the other sensor's frame; the type is kept.
-            nodata: value of pixels that it does not cover.
+            image: (H, W) or (H, W, C) in the other sensor's frame, with any number of channels; bool,
+                integers or floats up to 64 bits. The type is kept, and no value is rounded on the way; NaN
+                spreads as far as the interpolation reaches (see `kglmatch.resampling.warp_image`).
+            nodata: value of pixels that it does not cover; one that the type holds.
+            interpolation: "cubic", "linear" or "nearest"; None takes "nearest" for bool and "cubic"
+                otherwise. Give "nearest" for labels, whose numbers must not mix.
 
         Returns:
             the image in the visible frame, (height, width) of `vis_size`.
 
         Raises:
-            KGLMatchError: the registration failed, or the image is of another size.
+            ImageError: an array that is no image.
+            KGLMatchError: the registration failed, the image is of another size, another interpolation, or
+                a nodata that the type cannot hold.
         """
         if self.transform is None:
             raise KGLMatchError("the registration failed: there is no transform to warp by")
@@ -79,14 +86,13 @@ class Registration:
                 f"the image is {image.shape[1]} x {image.shape[0]}, the registered one was "
                 f"{self.ir_size[0]} x {self.ir_size[1]}"
             )
-        return warp_image(image, self.transform, self.vis_size, nodata=nodata)
+        return warp_image(image, self.transform, self.vis_size, nodata=nodata, interpolation=interpolation)
 
     def covered(self) -> NDArray[np.bool_]:
         """(height, width) of the visible image: which of its pixels the other image covers."""
         if self.transform is None:
             return np.zeros(self.vis_size[::-1], bool)
-        full = np.full(self.ir_size[::-1], 255, np.uint8)
-        return warp_image(full, self.transform, self.vis_size, interpolation=cv2.INTER_LINEAR) == 255
+        return covered_by(self.transform, self.vis_size, np.ones(self.ir_size[::-1], bool))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, without the single places; NaN becomes None."""

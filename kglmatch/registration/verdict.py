@@ -25,7 +25,7 @@ from kglmatch.patches import extract_patches
 from kglmatch.registration.align import LEAST_SUPPORT, Alignment, align, displacement_field
 from kglmatch.registration.from_matches import LEAST, align_by_matches
 from kglmatch.registration.results import BandRegistration, Registration, RegistrationCheck, Verdict
-from kglmatch.resampling import warp_image
+from kglmatch.resampling import covered_by, warp_image
 
 Image = NDArray[np.float32]
 
@@ -99,8 +99,8 @@ def judge(matcher: PatchMatcher, vis: Image, ir: Image, alignment: Alignment) ->
     """Lets the network look at patches that an alignment lays on each other."""
     size = matcher.config.patch_size
     height, width = vis.shape
-    moved = warp_image(ir, alignment.transform, (width, height), interpolation=cv2.INTER_LINEAR)
-    covered = warp_image(np.full(ir.shape, 255, np.uint8), alignment.transform, (width, height)) == 255
+    moved = warp_image(ir, alignment.transform, (width, height), interpolation="linear")
+    covered = covered_by(alignment.transform, (width, height), np.ones(ir.shape, bool))
     half = size // 2
     whole = cv2.erode(covered.astype(np.uint8), np.ones((size, size), np.uint8), borderValue=0)
     places = np.rint(alignment.points_vis).astype(np.int64)
