@@ -1,16 +1,17 @@
-"""Whole-image registration beside OpenCV's, in one run on the same pairs.
+"""Whole-image registration compared with OpenCV's, in one run on the same pairs.
 
     python benchmarks/registration.py DATA/vis-nir                       # pairs with a known affine
     python benchmarks/registration.py DATA/vis-lwir/roadscene --warp homography --model kglnet-vis-lwir
     python benchmarks/registration.py DATA/vis-sar/sentinel/test --warp shift --model kglnet-vis-sar
     python benchmarks/registration.py DATA/vis-nir --unrelated 100       # is an unrelated pair registered?
     python benchmarks/registration.py DATA/vis-nir/country --shifts      # does check find known shifts?
+    python benchmarks/registration.py DATA/vis-nir/country --limit 1     # one pair, to see that it runs
 
-Errors are the mean distance in pixels of the visible image's corners from where they belong. Registered
+Errors are the mean distance in pixels of the visible image's corners from their true places. Registered
 pairs are warped by seeded transforms: "homography" is up to 15 degrees, 20 % scale, 10 % shift and a slight
 perspective, "shift" up to 40 pixels and 5 degrees.
 
-The images of public sets lie apart by some pixels before they are warped, and a method that is right is off
+The images of public sets are some pixels apart before they are warped, and a method that is right is off
 by that. `--repeat` also registers each pair without the warp, and takes what the same method finds there
 into account: whatever is wrong with the set falls out.
 """
@@ -18,7 +19,6 @@ into account: whatever is wrong with the set falls out.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -92,7 +92,7 @@ def ecc(vis: np.ndarray, ir: np.ndarray) -> np.ndarray | None:
     return np.vstack([warp, [0, 0, 1]])
 
 
-def peer(name: str) -> Estimate:
+def baseline(name: str) -> Estimate:
     def estimate(vis: np.ndarray, ir: np.ndarray) -> np.ndarray | None:
         return register_images(name, *(np.rint(image * 255).astype(np.uint8) for image in (vis, ir)))[0]
 
@@ -110,7 +110,7 @@ def without_warp(
 
 
 def measure(
-    matcher: Matcher, pairs: list[ImagePair], warp: str | None, peers: list[str], repeat: bool
+    matcher: Matcher, pairs: list[ImagePair], warp: str | None, baselines: list[str], repeat: bool
 ) -> dict[str, Any]:
     """Errors and seconds of each method on each pair."""
     verdicts: list[str] = []
@@ -121,7 +121,7 @@ def measure(
         return found.transform
 
     methods: dict[str, Estimate] = {"kglmatch": ours}
-    methods |= {name: ecc if name == "ecc" else peer(name) for name in peers}
+    methods |= {name: ecc if name == "ecc" else baseline(name) for name in baselines}
     errors: dict[str, list[float]] = {name: [] for name in methods}
     repeated: dict[str, list[float]] = {name: [] for name in methods}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
@@ -174,7 +174,7 @@ def print_shares(title: str, errors: dict[str, list[float]], seconds: dict[str, 
 
 
 def unrelated(matcher: Matcher, pairs: list[ImagePair], count: int) -> dict[str, Any]:
-    """Registers visible images with other scenes' ir images; says how many are called registered."""
+    """Registers visible images with other scenes' ir images; prints how many are called registered."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(count):
@@ -182,7 +182,7 @@ def unrelated(matcher: Matcher, pairs: list[ImagePair], count: int) -> dict[str,
         result = matcher.register(pairs[first].vis, pairs[second].ir)
         found.append((result.verdict, result.support, result.agreement, result.num_matches))
         print(pairs[first].vis.name, pairs[second].ir.name, result.verdict,
-              f"support {result.support:.2f} agreement {result.agreement:.2f} matched {result.num_matches}",
+              f"support {result.support:.2f} agreement {result.agreement:.2f} matches {result.num_matches}",
               flush=True)  # fmt: skip
     verdicts = [verdict for verdict, *_ in found]
     print({v: verdicts.count(v) for v in ("registered", "doubtful", "failed")})
@@ -190,7 +190,7 @@ def unrelated(matcher: Matcher, pairs: list[ImagePair], count: int) -> dict[str,
 
 
 def shifts(matcher: Matcher, pairs: list[ImagePair]) -> dict[str, Any]:
-    """Shifts the ir image by a known sub-pixel amount; how far off is the change that check reports?"""
+    """Shifts the ir image by a known sub-pixel amount, and compares it with the change that check reports."""
     rng = np.random.default_rng(0)
     off = []
     for pair in pairs:
@@ -204,11 +204,12 @@ def shifts(matcher: Matcher, pairs: list[ImagePair]) -> dict[str, Any]:
         off.append(error)
         print(pair.name, before.verdict, "own shift", before.shift.round(2), f"error {error:.2f}", flush=True)
     known_errors = np.array([e for e in off if np.isfinite(e)])
-    print(f"{len(known_errors)} of {len(off)} judged; median error {np.median(known_errors):.3f} px")
+    median = f"; median error {np.median(known_errors):.3f} px" if len(known_errors) else ""
+    print(f"{len(known_errors)} of {len(off)} judged{median}")
     return {"errors": off}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -218,18 +219,21 @@ def main() -> None:
     parser.add_argument("--unrelated", type=int, metavar="N", help="register N unrelated pairs instead")
     parser.add_argument("--shifts", action="store_true", help="measure check on known shifts instead")
     parser.add_argument("--repeat", action="store_true", help="also register each pair without its warp")
-    parser.add_argument("--peers", nargs="*", default=["sift", "orb", "ecc"])
+    parser.add_argument(
+        "--baselines", nargs="*", default=["sift", "orb", "ecc"], help="methods to compare with"
+    )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take every Nth pair")
+    parser.add_argument("--limit", type=int, metavar="N", help="take at most N pairs")
     parser.add_argument("--save", type=Path, help="write the single results as JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     matcher = Matcher.from_pretrained(arguments.model, device="cpu")
-    pairs = [dataclasses.replace(pair) for pair in pairs_of(arguments.data)][:: arguments.every]
+    pairs = pairs_of(arguments.data)[:: arguments.every][: arguments.limit]
     if arguments.unrelated:
         results = unrelated(matcher, pairs, arguments.unrelated)
     elif arguments.shifts:
         results = shifts(matcher, pairs)
     else:
-        results = measure(matcher, pairs, arguments.warp, arguments.peers, arguments.repeat)
+        results = measure(matcher, pairs, arguments.warp, arguments.baselines, arguments.repeat)
     if arguments.save:
         arguments.save.write_text(json.dumps(results, default=float) + "\n", encoding="utf-8")
 
