@@ -1,4 +1,4 @@
-"""Dense search: where a visible keypoint lies in the other image, whether a detector sees it there or not."""
+"""Dense search: the place of a visible keypoint in the other image, whether a detector finds it or not."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kglmatch.errors import KGLMatchError
+from kglmatch.geometry import parabola_vertex
 from kglmatch.matching import neighbours_within, paired_cosine
 
 STRIDE = 4  # pixels between the places that are described
@@ -67,23 +68,21 @@ def find_places(
     rows_vis, rows_ir = np.concatenate(nearest).T
     x, y = ((places[rows_ir] - patch_size // 2) // STRIDE + 1).T  # of the lattice with a frame around it
     steps = ((1, 0), (0, 1))
-    beside = np.zeros(np.add(wanted.shape, 2), bool)
+    around = np.zeros(np.add(wanted.shape, 2), bool)
     for dx, dy in steps:
-        beside[y + dy, x + dx] = beside[y - dy, x - dx] = True
-    beside = beside[1:-1, 1:-1] & ~wanted
-    there = np.concatenate([there, describe(places_of(beside))])
+        around[y + dy, x + dx] = around[y - dy, x - dx] = True
+    around = around[1:-1, 1:-1] & ~wanted
+    there = np.concatenate([there, describe(places_of(around))])
     numbers = np.full(np.add(wanted.shape, 2), -1)
     numbers[1:-1, 1:-1][wanted] = np.arange(len(places))
-    numbers[1:-1, 1:-1][beside] = np.arange(len(places), len(there))
+    numbers[1:-1, 1:-1][around] = np.arange(len(places), len(there))
     found = places[rows_ir].astype(np.float64)
     centre = paired_cosine(descriptors, there, rows_vis, rows_ir).astype(np.float64)
     for axis, (dx, dy) in enumerate(steps):
         before, after = numbers[y - dy, x - dx], numbers[y + dy, x + dx]
         left, right = (paired_cosine(descriptors, there, rows_vis, rows) for rows in (before, after))
-        curvature = 2 * centre - left - right
-        known = (before >= 0) & (after >= 0) & (curvature > 0)
-        offset = (right - left)[known] / (2 * curvature[known])
-        found[known, axis] += STRIDE * np.clip(offset, -0.5, 0.5)
+        known = (before >= 0) & (after >= 0)
+        found[known, axis] += STRIDE * parabola_vertex(left[known], centre[known], right[known])
     return _drawn_back(found, keypoints[rows_vis], radius)
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from kglmatch.errors import KGLMatchError
-
-TransformKind = Literal["translation", "similarity", "affine", "homography"]
-TRANSFORMS: tuple[TransformKind, ...] = get_args(TransformKind)
+from kglmatch.options import TransformKind
 
 _ITERATIONS = 30
 
@@ -143,6 +139,22 @@ def fit_robustly(
         transform = small_transform(kind, step) @ transform
     transform = np.linalg.inv(to_unit) @ transform
     return transform / transform[2, 2]
+
+
+def parabola_vertex(
+    before: NDArray[np.floating], centre: NDArray[np.floating], after: NDArray[np.floating]
+) -> NDArray[np.floating]:
+    """Where parabolas through values at -1, 0 and 1 are highest, in [-0.5, 0.5]; 0 where they have no top.
+
+    Args:
+        before, centre, after: (N,) values; the one at 0 is the largest.
+
+    Returns:
+        (N,) of the type of the values.
+    """
+    curvature = 2 * centre - before - after
+    rounded = curvature <= 0
+    return np.where(rounded, 0, np.clip((after - before) / np.where(rounded, 1, 2 * curvature), -0.5, 0.5))
 
 
 def similarity_about(

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from kglmatch.errors import ImageError, KeypointError
+from kglmatch.geometry import parabola_vertex
 
 DETECTORS = ("sift", "fast", "orb", "gftt", "structure", "grid")
 
@@ -77,7 +78,7 @@ def detect_keypoints(
             - "gftt": corners by smallest eigenvalue (Shi & Tomasi), at least 4 pixels apart;
             - "structure": corners by smallest eigenvalue too, but of gradients over their strength
               around, so that weak corners in dim parts count too; to a fraction of a pixel, about 4 apart.
-              Sensors differ in how strong an edge is more than in where it lies (normalised gradients:
+              Sensors differ in how strong an edge is more than in where it is (normalised gradients:
               Haber & Modersitzki, "Intensity gradient based registration and fusion of multi-modal
               images", MICCAI 2006);
             - "grid": a regular grid as dense as `max_keypoints` allows, whatever the image shows.
@@ -247,16 +248,10 @@ def _structure(image: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     framed, centre = cv2.copyMakeBorder(smallest, 1, 1, 1, 1, cv2.BORDER_REFLECT_101), smallest[y, x]
     left, right, above, below = (framed[y + 1 + v, x + 1 + u] for u, v in ((-1, 0), (1, 0), (0, -1), (0, 1)))
     rows = np.zeros((len(x), 5))
-    rows[:, 0], rows[:, 1] = x + _vertex(left, centre, right), y + _vertex(above, centre, below)
+    rows[:, 0] = x + parabola_vertex(left, centre, right)
+    rows[:, 1] = y + parabola_vertex(above, centre, below)
     rows[:, 3], rows[:, 4] = -1, centre
     return rows
-
-
-def _vertex(before: np.ndarray, centre: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Where the parabola through three values at -1, 0, 1 is highest, the one at 0 being the largest."""
-    curvature = np.maximum(2 * centre - before - after, np.float32(1e-9))
-    offset: np.ndarray = np.clip((after - before) / (2 * curvature), -0.5, 0.5)
-    return offset
 
 
 def _grid(allowed: np.ndarray, wanted: int, margin: int) -> np.ndarray:

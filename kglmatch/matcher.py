@@ -19,11 +19,13 @@ from kglmatch.options import (
     DEFAULT_BAND_ROTATION,
     DEFAULT_BAND_SCALE,
     DEFAULT_CHECK_DISPLACEMENT,
+    DEFAULT_KIND,
     DEFAULT_MAX_ROTATION,
     DEFAULT_MAX_SCALE,
     DEFAULT_MODEL,
 )
 from kglmatch.patch_matcher import PatchMatcher
+from kglmatch.registration.limits import Limits
 from kglmatch.registration.results import BandRegistration, Registration, RegistrationCheck
 from kglmatch.registration.verdict import check, register, register_stack
 
@@ -258,7 +260,7 @@ class Matcher(PatchMatcher):
         vis: Any,
         ir: Any,
         *,
-        kind: str = "auto",
+        kind: str = DEFAULT_KIND,
         max_displacement: float | None = None,
         max_rotation: float = DEFAULT_MAX_ROTATION,
         max_scale: float = DEFAULT_MAX_SCALE,
@@ -275,7 +277,7 @@ class Matcher(PatchMatcher):
             max_displacement: pixels that the middle of the image may be moved by; None for any shift
                 that leaves a third of the image in common.
             max_rotation: degrees, either way; 180 searches every rotation.
-            max_scale: factor, either way, beside the ratio of the image sizes.
+            max_scale: factor, either way, in addition to the ratio of the image sizes.
 
         Returns:
             `Registration`; its verdict is "failed" where nothing was found that holds.
@@ -284,20 +286,13 @@ class Matcher(PatchMatcher):
             ImageError: unreadable, or smaller than a patch.
             KGLMatchError: a parameter out of range.
         """
-        return register(
-            self,
-            self.load(vis),
-            self.load(ir),
-            kind=kind,
-            max_displacement=max_displacement,
-            max_rotation=max_rotation,
-            max_scale=max_scale,
-        )
+        limits = Limits(kind, max_displacement, max_rotation, max_scale)
+        return register(self, self.load(vis), self.load(ir), limits)
 
     def check(
         self, vis: Any, ir: Any, *, max_displacement: float = DEFAULT_CHECK_DISPLACEMENT
     ) -> RegistrationCheck:
-        """How well are two images registered that should lie on each other, and where not?
+        """How well are two images registered that should be aligned, and where not?
 
         Args:
             vis, ir: images of one size, as for `extract`.
@@ -318,14 +313,15 @@ class Matcher(PatchMatcher):
         bands: Sequence[Any],
         *,
         names: Sequence[str] | None = None,
-        kind: str = "auto",
+        kind: str = DEFAULT_KIND,
         max_displacement: float | None = None,
         max_rotation: float = DEFAULT_BAND_ROTATION,
         max_scale: float = DEFAULT_BAND_SCALE,
     ) -> list[BandRegistration]:
         """Registers every band of a multispectral rig to one reference.
 
-        A band that is not registered directly is tried through the bands that are, the surest first.
+        A band that is not registered directly is tried through the bands that are, the most reliable first;
+        its confidence is then the product of both, unless the reference and the band speak for more.
         A band that fails all the same says so in its verdict and has no transform.
 
         Args:
@@ -340,13 +336,6 @@ class Matcher(PatchMatcher):
         Raises:
             ImageError, KGLMatchError: as for `register`, or names that do not fit the bands.
         """
-        return register_stack(
-            self,
-            self.load(reference),
-            [self.load(band) for band in bands],
-            names=names,
-            kind=kind,
-            max_displacement=max_displacement,
-            max_rotation=max_rotation,
-            max_scale=max_scale,
-        )
+        limits = Limits(kind, max_displacement, max_rotation, max_scale)
+        images = [self.load(band) for band in bands]
+        return register_stack(self, self.load(reference), images, limits, names=names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 __version__ = "0.1.0"
 
 BACKENDS = ("torch", "onnx")
@@ -19,9 +21,15 @@ DEFAULT_TOP_K = 3
 DEFAULT_MIN_SCORE = 0.5
 DEFAULT_THRESHOLD = 3.0  # pixels, of the homography
 
+TransformKind = Literal["translation", "similarity", "affine", "homography"]
+TRANSFORMS: tuple[TransformKind, ...] = get_args(TransformKind)
+# "auto": the simplest that no other clearly beats.
+KINDS = ("auto", *TRANSFORMS)
+DEFAULT_KIND = "auto"
 DEFAULT_MAX_ROTATION = 15.0  # degrees
 DEFAULT_MAX_SCALE = 1.25
 DEFAULT_CHECK_DISPLACEMENT = 16.0  # pixels
+CHECK_DISPLACEMENTS = (1.0, 64.0)  # that may be asked for
 # The bands of a rig are mounted side by side.
 DEFAULT_BAND_ROTATION = 5.0
 DEFAULT_BAND_SCALE = 1.1

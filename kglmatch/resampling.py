@@ -38,6 +38,11 @@ def shrink(image: Image, factor: float) -> Image:
     return cv2.resize(blurred, (width, height), interpolation=cv2.INTER_AREA)
 
 
+def shrinking(image: Image, side: int, least: int) -> float:
+    """The factor that makes the longer side `side` pixels, but leaves a strip `least` pixels wide."""
+    return min(1.0, max(side / max(image.shape), least / min(image.shape)))
+
+
 def enlarge(image: Image, factor: float) -> Image:
     """An image (H, W) made larger; as it is for a factor of 1 or less."""
     if factor <= 1:

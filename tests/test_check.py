@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from types import SimpleNamespace
 
@@ -11,9 +12,10 @@ import pytest
 from conftest import other_sensor, texture
 
 import kglmatch.commands.check as command
-from kglmatch.cli import main
+from kglmatch.cli import build_parser, main
 from kglmatch.errors import KGLMatchError
 from kglmatch.images import read_image_raw
+from kglmatch.options import CHECK_DISPLACEMENTS
 from kglmatch.registration.results import RegistrationCheck
 from kglmatch.visualize import draw_displacement
 
@@ -86,7 +88,8 @@ def test_a_displaced_region_is_found_where_it_is(matcher):
     assert np.linalg.norm(np.median(found.displacement[outside], axis=0)) < 0.7
 
 
-def test_unrelated_images_fail(tmp_path, capsys):
+def test_unrelated_images_fail(tmp_path, capsys, monkeypatch, matcher):
+    monkeypatch.setattr(command, "load_matcher", lambda args: matcher)
     files = (
         write(tmp_path / "v.png", texture(WIDTH, HEIGHT)),
         write(tmp_path / "i.png", other_sensor(texture(WIDTH, HEIGHT, 9))),
@@ -99,7 +102,7 @@ def test_unrelated_images_fail(tmp_path, capsys):
     assert (tmp_path / "r.png").exists()
 
 
-def test_words_name_the_numbers(tmp_path, capsys, monkeypatch):
+def test_the_output_names_the_numbers(tmp_path, capsys, monkeypatch):
     found = made_up()
     found.displacement[4] = (6, -8)
     matcher = SimpleNamespace(
@@ -115,7 +118,7 @@ def test_words_name_the_numbers(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("size", "options", "words"),
+    ("size", "options", "message"),
     [
         ((200, 180), (), "one size"),
         ((WIDTH, HEIGHT), ("--max-displacement", "100"), "1 to 64"),
@@ -123,23 +126,26 @@ def test_words_name_the_numbers(tmp_path, capsys, monkeypatch):
         ((WIDTH, HEIGHT), ("-o", "v.png"), "also an input"),
     ],
 )
-def test_mistakes_are_told_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, size, options, words):
+def test_mistakes_are_reported_before_the_model_is_loaded(
+    tmp_path, capsys, monkeypatch, size, options, message
+):
     monkeypatch.setattr(command, "load_matcher", lambda args: pytest.fail("loaded the model"))
     monkeypatch.chdir(tmp_path)
     write("v.png", texture(WIDTH, HEIGHT))
     write("i.png", texture(*size))
     assert main(["check", "v.png", "i.png", *options]) == 2
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and words in captured.err and captured.out == ""
+    assert captured.err.count("\n") == 1 and message in captured.err and captured.out == ""
 
 
-def test_defaults_are_those_of_the_library():
-    import inspect
-
-    from kglmatch import Matcher
-
-    default = inspect.signature(Matcher.check).parameters["max_displacement"].default
-    assert default == command.MAX_DISPLACEMENT
+def test_defaults_and_bounds_are_those_of_the_library(matcher):
+    default = inspect.signature(type(matcher).check).parameters["max_displacement"].default
+    assert build_parser().parse_args(["check", "a", "b"]).max_displacement == default
+    for value in CHECK_DISPLACEMENTS:
+        assert command._displacement(str(value)) == value
+        outside = value / 2 if value == CHECK_DISPLACEMENTS[0] else value * 2
+        with pytest.raises(KGLMatchError, match="max_displacement must be in"):
+            matcher.check(texture(80, 80), texture(80, 80), max_displacement=outside)
 
 
 # --- the picture ----------------------------------------------------------------------------------

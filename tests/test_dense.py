@@ -67,8 +67,8 @@ def test_keypoints_out_of_reach_have_no_place(matcher, pair, vis_features):
 
 
 def test_match_images_takes_every_place(matcher, pair):
-    detected = matcher.match_images(*pair, max_displacement=8, max_keypoints=20, min_score=0)
-    dense = matcher.match_images(*pair, max_displacement=8, max_keypoints=20, min_score=0, dense=True)
+    detected = matcher.match_images(*pair, max_displacement=8, max_keypoints=12, min_score=0)
+    dense = matcher.match_images(*pair, max_displacement=8, max_keypoints=12, min_score=0, dense=True)
     assert len(dense) > len(detected)
     moved = dense.keypoints_ir - dense.keypoints_vis
     assert np.median(np.linalg.norm(moved - SHIFT, axis=1)) < 1

@@ -7,13 +7,14 @@ import pytest
 
 from kglmatch.errors import KGLMatchError
 from kglmatch.geometry import (
-    TRANSFORMS,
     corner_error,
     estimate_homography,
     fit_robustly,
+    parabola_vertex,
     small_transform,
     transform_points,
 )
+from kglmatch.options import TRANSFORMS
 
 TRUE = np.array([[1.02, 0.03, 4.0], [-0.02, 0.99, -7.0], [1e-5, 2e-5, 1.0]])
 
@@ -66,6 +67,18 @@ def test_corner_error_of_a_shift_is_its_length():
     shift = np.array([[1.0, 0, 3], [0, 1, 4]])
     assert corner_error(shift, np.eye(3), (100, 80)) == pytest.approx(5.0)
     assert corner_error(shift, shift, (100, 80)) == 0
+
+
+def test_a_parabola_is_highest_at_its_vertex():
+    tops = np.array([-0.4, 0.0, 0.25, 0.5])
+    before, centre, after = (5 - 2 * (at - tops) ** 2 for at in (-1, 0, 1))
+    assert np.abs(parabola_vertex(before, centre, after) - tops).max() < 1e-12
+    for dtype in (np.float32, np.float64):
+        level, rising = np.ones(1, dtype), np.array([1, 2, 4], dtype)
+        assert parabola_vertex(level, level, level) == 0  # no top
+        assert parabola_vertex(*rising[:, None]) == 0 and parabola_vertex(level, level, level).dtype == dtype
+    assert parabola_vertex(np.zeros(1), np.ones(1), np.ones(1)) == 0.5
+    assert parabola_vertex(*np.zeros((3, 0))).shape == (0,)
 
 
 @pytest.mark.parametrize("kind", TRANSFORMS)

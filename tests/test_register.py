@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import inspect
 import json
 import struct
 from types import SimpleNamespace
@@ -10,13 +12,15 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from conftest import other_sensor, texture
 from PIL import Image
 
 import kglmatch.commands.register as command
+from kglmatch import Matcher
 from kglmatch.cli import build_parser, main
 from kglmatch.errors import ImageError, KGLMatchError, OutputError
-from kglmatch.geometry import TRANSFORMS, corner_error, transform_points
+from kglmatch.geometry import corner_error, transform_points
 from kglmatch.images import read_image_raw
 from kglmatch.registration.files import (
     NO_MAP,
@@ -26,6 +30,7 @@ from kglmatch.registration.files import (
     save_stack,
     save_yml,
 )
+from kglmatch.registration.limits import Limits
 from kglmatch.registration.results import BandRegistration, Registration
 from kglmatch.resampling import warp_image
 from kglmatch.visualize import draw_overlay
@@ -70,6 +75,19 @@ def made_up(verdict="registered", transform=TRUE):
         vis_size=(WIDTH, HEIGHT),
         ir_size=(WIDTH, HEIGHT),
     )
+
+
+@pytest.fixture(autouse=True)
+def few_patches(monkeypatch):
+    """Enough for small images, and soon done."""
+    monkeypatch.setattr("kglmatch.registration.from_matches._KEYPOINTS", 30)
+    monkeypatch.setattr("kglmatch.registration.verdict._PLACES", 16)
+
+
+@pytest.fixture
+def loaded(monkeypatch, matcher):
+    """The bundled model, for commands that need not load it again."""
+    monkeypatch.setattr(command, "load_matcher", lambda args: matcher)
 
 
 @pytest.fixture
@@ -136,7 +154,7 @@ def test_a_pair_with_every_output(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("what", ["unrelated", "blank", "edge"])
-def test_what_does_not_fit_is_not_written(tmp_path, capsys, what):
+def test_what_does_not_fit_is_not_written(tmp_path, capsys, loaded, what):
     vis = scene()[0]
     if what == "edge":
         vis = np.zeros((HEIGHT, WIDTH), np.float32)
@@ -157,7 +175,7 @@ def test_what_does_not_fit_is_not_written(tmp_path, capsys, what):
     assert json.loads(saved.read_text())["verdict"] == "failed"
 
 
-def test_a_rig_leaves_the_unrelated_band_out(tmp_path, capsys):
+def test_a_rig_leaves_the_unrelated_band_out(tmp_path, capsys, loaded):
     vis, ir = scene()
     soft = cv2.GaussianBlur(np.roll(vis, (3, -5), (0, 1)), (0, 0), 1)
     reference = write(tmp_path / "green.tif", vis, np.uint16)
@@ -235,7 +253,7 @@ def test_nodata_does_not_mix_into_the_image(tmp_path, stub):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (("-o", "a.xyz"), "extension"),
         (("-o", "missing/a.png"), "does not exist"),
@@ -254,7 +272,7 @@ def test_nodata_does_not_mix_into_the_image(tmp_path, stub):
         (("--kind", "rigid"), "invalid choice"),
     ],
 )
-def test_mistakes_are_told_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, options, words):
+def test_mistakes_are_reported_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, options, message):
     monkeypatch.setattr(command, "load_matcher", lambda args: pytest.fail("loaded the model"))
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "v.png", scene()[0])
@@ -262,20 +280,20 @@ def test_mistakes_are_told_before_the_model_is_loaded(tmp_path, capsys, monkeypa
     before = sorted(p.name for p in tmp_path.iterdir())
     assert main(["register", "v.png", "i.tif", *options]) == 2
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and words in captured.err and captured.out == ""
+    assert captured.err.count("\n") == 1 and message in captured.err and captured.out == ""
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
 def test_mistakes_with_bands(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "load_matcher", lambda args: pytest.fail("loaded the model"))
     files = [write(tmp_path / f"{n}.png", scene()[0]) for n in "abc"]
-    for options, words in (
+    for options, message in (
         (("-o", str(tmp_path / "s.png")), ".tif or .tiff"),
         (("--overlay", str(tmp_path / "o.png")), "got 2 bands"),
     ):
         assert main(["register", *files, *options]) == 2
         captured = capsys.readouterr()
-        assert captured.err.count("\n") == 1 and words in captured.err
+        assert captured.err.count("\n") == 1 and message in captured.err
 
 
 def test_an_image_smaller_than_a_patch(tmp_path, capsys, stub):
@@ -285,24 +303,12 @@ def test_an_image_smaller_than_a_patch(tmp_path, capsys, stub):
     assert "small.png is 50 x 40 pixels, smaller than a patch" in capsys.readouterr().err
 
 
-def test_choices_and_defaults_are_those_of_the_library():
-    import inspect
-
-    from kglmatch import Matcher
-
-    assert ("auto", *TRANSFORMS) == command.TRANSFORMS
-    pair = inspect.signature(Matcher.register).parameters
-    rig = inspect.signature(Matcher.register_stack).parameters
-    assert (
-        pair["max_rotation"].default,
-        pair["max_scale"].default,
-    ) == (command.MAX_ROTATION, command.MAX_SCALE)
-    assert (
-        rig["max_rotation"].default,
-        rig["max_scale"].default,
-    ) == (command.RIG_MAX_ROTATION, command.RIG_MAX_SCALE)
-    args = build_parser().parse_args(["register", "a", "b"])
-    assert args.kind == pair["kind"].default == "auto"
+def test_defaults_are_those_of_the_library():
+    for method, files in ((Matcher.register, "a b"), (Matcher.register_stack, "a b c")):
+        given = inspect.signature(method).parameters
+        expected = Limits(**{field.name: given[field.name].default for field in dataclasses.fields(Limits)})
+        args = build_parser().parse_args(["register", *files.split()])
+        assert command._limits(args, len(args.ir) > 1) == expected
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -362,7 +368,7 @@ def test_map_frame(tmp_path):
 
 
 @pytest.mark.parametrize("bands", [1, 2])
-def test_what_lies_on_a_map_stays_on_it(tmp_path, stub, bands):
+def test_what_is_on_a_map_stays_on_it(tmp_path, stub, bands):
     stub(*[made_up()] * bands)
     vis, ir = scene()
     geotiff(tmp_path / "v.tif", 2, np.rint(vis * 255).astype(np.uint8))
@@ -410,6 +416,81 @@ def test_stack_keeps_every_page_as_it_is(tmp_path):
         rgb = read[..., [2, 1, 0, 3][: read.shape[2]]] if read.ndim == 3 else read
         expected = page * np.uint8(255) if page.dtype == bool else page
         assert rgb.dtype == expected.dtype and np.array_equal(rgb, expected)
+
+
+def test_a_large_stack_is_a_bigtiff(tmp_path, monkeypatch):
+    pages = [np.arange(600, dtype=np.uint16).reshape(20, 30)] * 2
+    for limit, big in ((2400, False), (2399, True)):
+        monkeypatch.setattr("kglmatch.registration.files._CLASSIC_BYTES", limit)
+        save_stack(tmp_path / "s.tif", pages, ["a", "b"])
+        with tifffile.TiffFile(tmp_path / "s.tif") as file:
+            assert file.is_bigtiff == big
+        back = cv2.imreadmulti(str(tmp_path / "s.tif"), flags=cv2.IMREAD_UNCHANGED)[1]
+        assert len(back) == 2 and np.array_equal(back[1], pages[1])
+
+
+DAMAGED = {
+    "five keys": ({34735: (3, (1, 1, 0, 1, 5))}, "key directory has 5 numbers, expected 8"),
+    "one key": ({34735: (3, (1,))}, "key directory has 1 numbers"),
+    "keys of text": ({34735: (2, "keys")}, "tag 34735 holds no numbers"),
+    "one scale": ({33550: (12, (10.0,)), 33922: (12, (0, 0, 0, 5e5, 5e6, 0))}, "pixel scale is [10.0]"),
+    "scale of 0": ({33550: (12, (0.0, 10.0, 0.0)), 33922: (12, (0, 0, 0, 5e5, 5e6, 0))}, "pixel scale"),
+    "one tie": ({33550: (12, (10.0, 10.0, 0.0)), 33922: (12, (5.0,))}, "tie points have 1 numbers"),
+    "one-value matrix": ({34264: (12, (1.0,))}, "matrix has 1 numbers, expected 16"),
+    "nan": ({34264: (12, (float("nan"),) * 16)}, "not finite"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_geotiff_is_one_line_before_the_work(tmp_path, capsys, monkeypatch, what):
+    monkeypatch.setattr(command, "load_matcher", lambda args: pytest.fail("loaded the model"))
+    tags, message = DAMAGED[what]
+    extra = [
+        (tag, kind, len(values), values if len(values) > 1 else values[0], True)
+        for tag, (kind, values) in tags.items()
+    ]
+    vis, ir = scene()
+    reference = tmp_path / "v.tif"
+    tifffile.imwrite(reference, np.rint(vis * 255).astype(np.uint8), metadata=None, extratags=extra)
+    bands = [write(tmp_path / f"i{n}.tif", ir) for n in range(2)]
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for files, option, name in (
+        (bands[:1], "-o", "a.tif"),
+        (bands[:1], "--gcp", "a.points"),
+        (bands, "-o", "stack.tif"),
+    ):
+        assert main(["register", str(reference), *files, option, str(tmp_path / name)]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1 and message in captured.err and str(reference) in captured.err
+        assert captured.out == "" and sorted(p.name for p in tmp_path.iterdir()) == before
+    # Where its place on the map is not needed, it does not matter.
+    monkeypatch.undo()
+    matcher = SimpleNamespace(
+        config=SimpleNamespace(patch_size=64), device="cpu", register=lambda vis, ir, **limits: made_up()
+    )
+    monkeypatch.setattr(command, "load_matcher", lambda args: matcher)
+    assert main(["register", str(reference), bands[0], "-o", str(tmp_path / "a.png")]) == 0
+
+
+@pytest.mark.parametrize("bands", [1, 2])
+def test_outputs_appear_together_or_not_at_all(tmp_path, capsys, monkeypatch, stub, bands):
+    stub(*[made_up()] * bands)
+    vis, ir = scene()
+    files = [write(tmp_path / "v.png", vis), *(write(tmp_path / f"i{n}.png", ir) for n in range(bands))]
+    (tmp_path / "a.tif").write_text("an older one")
+    before = sorted(p.name for p in tmp_path.iterdir())
+
+    def full_disk(path, value):
+        raise OutputError(f"cannot write {path}: no space left")
+
+    monkeypatch.setattr("kglmatch.registration.files.save_json", full_disk)
+    options = ["-o", str(tmp_path / "a.tif"), "--save", str(tmp_path / "r.json")]
+    if bands == 1:
+        options += ["--overlay", str(tmp_path / "o.png"), "--yml", str(tmp_path / "t.yml")]
+    assert main(["register", *files, *options]) == 2
+    assert "no space left" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert (tmp_path / "a.tif").read_text() == "an older one"
 
 
 def test_stack_refuses_what_it_cannot_hold(tmp_path):

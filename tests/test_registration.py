@@ -9,7 +9,6 @@ from conftest import other_sensor, texture
 
 from kglmatch.errors import KGLMatchError
 from kglmatch.geometry import (
-    TRANSFORMS,
     corner_error,
     resize_matrix,
     similarity_about,
@@ -17,9 +16,12 @@ from kglmatch.geometry import (
     transform_jacobian,
     transform_points,
 )
+from kglmatch.options import TRANSFORMS
 from kglmatch.registration import align as registration
-from kglmatch.registration import structure, surfaces
+from kglmatch.registration import coarse, structure, surfaces
 from kglmatch.registration import verdict as judge
+from kglmatch.registration.limits import Limits, nominal_scales
+from kglmatch.registration.results import Registration
 
 
 def shifted(image, dx, dy):
@@ -124,7 +126,7 @@ def test_align_recovers_a_similarity(scene, rotation, scale, shift):
     centre = ((width - 1) / 2, (height - 1) / 2)
     true = similarity_about(rotation, scale, centre, (centre[0] + shift[0], centre[1] + shift[1]))
     ir = cv2.warpPerspective(other_sensor(scene), true, (width, height), flags=cv2.INTER_CUBIC)
-    best = registration.align(scene, ir, max_rotation=12, max_scale=1.12)[0]
+    best = registration.align(scene, ir, Limits(max_rotation=9, max_scale=1.1))[0]
     assert corner_error(best.transform, true, (width, height)) < 1.0
     assert best.support > 0.5
     assert np.median(best.residuals[best.votes > 0.5]) < 0.7
@@ -132,7 +134,7 @@ def test_align_recovers_a_similarity(scene, rotation, scale, shift):
 
 def test_align_bridges_two_resolutions(scene):
     small = cv2.resize(other_sensor(scene), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-    best = registration.align(scene, small, max_rotation=3, max_scale=1.05)[0]
+    best = registration.align(scene, small, Limits(max_rotation=3, max_scale=1.05))[0]
     assert corner_error(best.transform, resize_matrix(0.5, 0.5), (320, 256)) < 1.0
 
 
@@ -140,7 +142,7 @@ def test_align_bridges_two_resolutions(scene):
 def test_coarse_search_bridges_resolutions_far_apart(scene, size):
     small = other_sensor(cv2.resize(scene, size, interpolation=cv2.INTER_AREA))
     true = resize_matrix(size[0] / 320, size[1] / 256)
-    best = registration._coarse(scene, small, None, 6.0, 1.1)[0]
+    best = coarse.search(scene, small, Limits(max_rotation=6, max_scale=1.1))[0]
     error = corner_error(best, true, (320, 256))
     assert error < 0.02 * size[0]
 
@@ -148,34 +150,40 @@ def test_coarse_search_bridges_resolutions_far_apart(scene, size):
 def test_a_long_strip_aligns():
     strip = texture(1600, 80, seed=4)
     moved = other_sensor(shifted(strip, 9, -3))
-    best = registration.align(strip, moved, kind="translation")[0]
+    best = registration.align(strip, moved, Limits(kind="translation"))[0]
     assert corner_error(best.transform, similarity_about(0, 1, (0, 0), (9, -3)), (1600, 80)) < 0.3
 
 
 def test_structure_that_is_not_shared_is_not_supported(scene):
-    found = registration.align(scene, texture(320, 256, seed=77), max_rotation=6, max_scale=1.06)
+    found = registration.align(scene, texture(320, 256, seed=77), Limits(max_rotation=6, max_scale=1.06))
     assert all(alignment.support < 0.2 for alignment in found)
 
 
 def test_images_without_structure_align_with_nothing():
     flat = np.full((200, 200), 0.5, np.float32)
-    assert all(a.support < 0.1 for a in registration.align(flat, flat, max_rotation=0, max_scale=1))
+    assert all(a.support < 0.1 for a in registration.align(flat, flat, Limits(max_rotation=0, max_scale=1)))
 
 
 @pytest.mark.parametrize(
-    "limits",
+    ("limits", "message"),
     [
-        {"kind": "elastic"},
-        {"max_displacement": -1.0},
-        {"max_rotation": 200.0},
-        {"max_scale": 0.5},
-        {"max_rotation": float("nan")},
+        ({"kind": "elastic"}, "kind must be one of auto, translation, .* got 'elastic'"),
+        ({"max_displacement": -1.0}, "max_displacement must be 0 pixels or more"),
+        ({"max_rotation": 200.0}, r"max_rotation must be in \[0, 180\] degrees"),
+        ({"max_scale": 0.5}, r"max_scale must be in \[1, 4\]"),
+        ({"max_rotation": float("nan")}, "max_rotation"),
     ],
 )
-def test_limits_are_checked(limits):
-    values = {"kind": "auto", "max_displacement": None, "max_rotation": 5.0, "max_scale": 1.1, **limits}
-    with pytest.raises(KGLMatchError):
-        registration.check_limits(**values)
+def test_limits_are_checked(limits, message):
+    with pytest.raises(KGLMatchError, match=message):
+        Limits(**limits)
+
+
+def test_images_have_one_scale_or_two():
+    image = np.zeros((200, 300), np.float32)
+    assert nominal_scales(image, image) == nominal_scales(image, image[:195, :290]) == [1.0]
+    assert nominal_scales(image, image[:100, :150]) == [1.0, 0.5]
+    assert nominal_scales(image[:100, :150], image) == [1.0, 2.0]
 
 
 def test_field_shows_where_an_image_is_locally_displaced(scene):
@@ -185,6 +193,106 @@ def test_field_shows_where_an_image_is_locally_displaced(scene):
     x, judged = field.points[:, 0], field.judged
     assert np.abs(np.median(field.displacement[judged & (x < 150)], axis=0)).max() < 0.5
     assert abs(np.median(field.displacement[judged & (x > 250), 0]) - 3) < 0.5
+
+
+def test_mean_vote_tells_the_right_transform_from_others(scene):
+    true = similarity_about(2, 1.02, (160, 128), (163, 125))
+    ir = cv2.warpPerspective(other_sensor(scene), true, (320, 256), flags=cv2.INTER_CUBIC)
+    right = registration.mean_vote(scene, ir, true)
+    near = registration.mean_vote(scene, ir, similarity_about(0, 1, (0, 0), (3, 0)) @ true)
+    far = registration.mean_vote(scene, ir, similarity_about(0, 1, (0, 0), (30, 20)) @ true)
+    assert 1 < right <= 3 and far < 0.1 < near < right / 2
+    assert registration.mean_vote(scene, ir, similarity_about(0, 1, (0, 0), (300, 0))) is None
+
+
+NOWHERE = np.empty((0, 2), np.float32)
+
+
+def through(a, b, kind="affine"):
+    """Two registrations in a row, of confidences a and b; the second is shifted by 5 pixels."""
+    points = np.array([[10, 20], [30, 40]], np.float32)
+    first = registration_of("registered", a, similarity_about(0, 1, (0, 0), (2, 1)), points, kind)
+    second = registration_of("registered", b, similarity_about(0, 1, (0, 0), (5, 0)), points, "similarity")
+    return judge._through(first, second)
+
+
+def registration_of(verdict, confidence, transform, points=NOWHERE, kind="similarity"):
+    values = np.zeros(len(points), np.float32)
+    return Registration(
+        verdict, confidence, transform, kind if transform is not None else None, points, points, values,
+        values, np.ones(len(points), bool), 1.0, 0.9, 0, (320, 256), (320, 256),
+    )  # fmt: skip
+
+
+def test_a_composed_registration_is_as_certain_as_both():
+    found = through(0.9, 0.8)
+    assert (found.verdict, found.kind) == ("registered", "affine") and found.confidence == pytest.approx(0.72)
+    assert np.array_equal(found.transform[:2, 2], (7, 1))
+    assert np.array_equal(found.keypoints_vis, [[8, 19], [28, 39]])
+    weak = through(0.6, 0.55)
+    assert weak.verdict == "doubtful" and weak.confidence == pytest.approx(0.33)
+    with pytest.raises(KGLMatchError, match="cannot be composed"):
+        judge._through(weak, registration_of("failed", 0.1, None))
+
+
+@pytest.mark.parametrize(
+    ("own", "first", "second", "direct", "expected"),
+    [
+        # Both certain: their product is enough.
+        (("failed", 0.1), 0.9, 0.8, None, ("registered", 0.72, "anchor")),
+        # Both only just registered: not to be called so, unless the two images themselves say it.
+        (("failed", 0.1), 0.6, 0.55, None, ("doubtful", 0.33, "anchor")),
+        (("failed", 0.1), 0.6, 0.55, 0.7, ("registered", 0.7, "anchor")),
+        (("failed", 0.1), 0.6, 0.55, 0.2, ("doubtful", 0.33, "anchor")),
+        # A direct registration that is more certain stays.
+        (("doubtful", 0.4), 0.6, 0.55, None, ("doubtful", 0.4, None)),
+        (("registered", 0.5), 0.9, 0.9, None, ("registered", 0.5, None)),
+        # The second step fails.
+        (("failed", 0.1), 0.9, None, None, ("failed", 0.1, None)),
+    ],
+)
+def test_verdict_and_confidence_agree_through_another_band(monkeypatch, own, first, second, direct, expected):
+    reference, anchor, band = (np.full((256, 320), value, np.float32) for value in (0, 1, 2))
+    step = np.eye(3)
+
+    def register(matcher, vis, ir, limits):
+        if vis[0, 0] == 0 and ir[0, 0] == 1:
+            return registration_of("registered", first, step)
+        if vis[0, 0] == 0:
+            return registration_of(*own, None if own[0] == "failed" else step)
+        return registration_of(*(("failed", 0.1, None) if second is None else ("registered", second, step)))
+
+    def refine(vis, ir, start, **options):
+        none = np.empty((0, 2))
+        return None if direct is None else judge.Alignment(start, "affine", none, none, none, none, 1.0)
+
+    def look(matcher, vis, ir, alignment):
+        assert (vis[0, 0], ir[0, 0]) == (0, 2)
+        return registration_of("registered" if direct >= 0.5 else "doubtful", direct, alignment.transform)
+
+    monkeypatch.setattr(judge, "register", register)
+    monkeypatch.setattr(judge, "refine", refine)
+    monkeypatch.setattr(judge, "judge", look)
+    results = judge.register_stack(None, reference, [anchor, band], Limits(), names=["anchor", "band"])
+    assert [r.name for r in results] == ["anchor", "band"] and results[0].via is None
+    found = results[1].registration
+    assert (found.verdict, pytest.approx(found.confidence), results[1].via) == expected
+
+
+def test_a_band_is_registered_through_another(matcher, monkeypatch):
+    """The third image shares nothing with the first, and the second something with each."""
+    monkeypatch.setattr("kglmatch.registration.from_matches._KEYPOINTS", 30)
+    monkeypatch.setattr(judge, "_PLACES", 16)
+    first, third = texture(256, 200, seed=1), texture(256, 200, seed=2)
+    anchor = np.clip(np.where(np.arange(256) < 128, first, third), 0, 1).astype(np.float32)
+    band = other_sensor(shifted(third, 4, -3))
+    results = matcher.register_stack(
+        first, [band, anchor], names=["band", "anchor"], kind="translation", max_displacement=20
+    )
+    assert [(r.name, r.via) for r in results] == [("band", "anchor"), ("anchor", None)]
+    found = results[0].registration
+    assert found.verdict == ("registered" if found.confidence >= 0.5 else "doubtful")
+    assert np.abs(found.transform[:2, 2] - (4, -3)).max() < 0.7
 
 
 def test_agreement_is_one_for_the_right_places_and_half_by_chance():

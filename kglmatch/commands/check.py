@@ -18,15 +18,12 @@ from kglmatch.commands.common import (
     print_json,
     say,
 )
+from kglmatch.options import CHECK_DISPLACEMENTS, DEFAULT_CHECK_DISPLACEMENT
 
 if TYPE_CHECKING:
     from kglmatch.registration.results import RegistrationCheck
 
-# As in `Matcher.check`, which is too heavy to import for --help.
-MAX_DISPLACEMENT = 16.0
-DISPLACEMENTS = (1.0, 64.0)
-
-EPILOG = """exit code: 0, or 1 if the verdict is failed: then nothing tells how far apart the images are.
+EPILOG = """exit code: 0, or 1 if the verdict is failed: then it is not known how far apart the images are.
 
 example:
   kglmatch check scene_vis.png aligned.png -o report.png
@@ -39,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
         "check",
         help="say how well two images are registered, and where not",
         description="Measures at a grid of points how far the content of two images of one size, which "
-        "should lie on each other, is apart.",
+        "should be aligned, is apart.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -59,8 +56,10 @@ def add_parser(subparsers: Any) -> None:
         "--max-displacement",
         metavar="R",
         type=_displacement,
-        default=MAX_DISPLACEMENT,
-        help="pixels, 1 to 64; larger displacements are not found (default: %(default)g)",
+        default=DEFAULT_CHECK_DISPLACEMENT,
+        help="pixels, {:g} to {:g}; larger displacements are not found (default: %(default)g)".format(
+            *CHECK_DISPLACEMENTS
+        ),
     )
     add_model_options(parser)
 
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if vis.shape != ir.shape:
         raise ImageError(
             f"{args.vis} is {vis.shape[1]} x {vis.shape[0]}, {args.ir} {ir.shape[1]} x {ir.shape[0]}: "
-            "check needs images of one size that should lie on each other; kglmatch register takes any two"
+            "check needs images of one size that should be aligned; kglmatch register takes any two"
         )
     check_outputs({"-o": args.output}, (args.vis, args.ir))
     matcher = load_matcher(args)
@@ -106,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             }
         )
     else:
-        for line in _words(found):
+        for line in _lines(found):
             print(line)
         print(f"{len(found.points)} points, {seconds:.1f} s on {matcher.device}")
         for path in written:
@@ -119,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _words(found: RegistrationCheck) -> list[str]:
+def _lines(found: RegistrationCheck) -> list[str]:
     import numpy as np
 
     if not found.judged.any():
@@ -137,7 +136,7 @@ def _words(found: RegistrationCheck) -> list[str]:
 
 def _displacement(text: str) -> float:
     value = number(text)
-    least, most = DISPLACEMENTS
+    least, most = CHECK_DISPLACEMENTS
     if not least <= value <= most:
         raise argparse.ArgumentTypeError(f"expected pixels from {least:g} to {most:g}, got {text!r}")
     return value

@@ -1,10 +1,11 @@
-"""`kglmatch register`: one image laid onto another, or the bands of a rig onto one of them."""
+"""`kglmatch register`: one image warped onto another, or the bands of a rig onto one of them."""
 
 from __future__ import annotations
 
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,14 @@ from kglmatch.commands.common import (
     print_json,
     say,
 )
+from kglmatch.options import (
+    DEFAULT_BAND_ROTATION,
+    DEFAULT_BAND_SCALE,
+    DEFAULT_KIND,
+    DEFAULT_MAX_ROTATION,
+    DEFAULT_MAX_SCALE,
+    KINDS,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,12 +36,9 @@ if TYPE_CHECKING:
 
     from kglmatch.features import Matches
     from kglmatch.matcher import Matcher
+    from kglmatch.registration.files import MapFrame, TiffFields
+    from kglmatch.registration.limits import Limits
     from kglmatch.registration.results import BandRegistration, Registration
-
-# As in `kglmatch.geometry` and `Matcher.register`, which are too heavy to import for --help.
-TRANSFORMS = ("auto", "translation", "similarity", "affine", "homography")
-MAX_ROTATION, MAX_SCALE = 15.0, 1.25
-RIG_MAX_ROTATION, RIG_MAX_SCALE = 5.0, 1.1
 
 # Outputs of one VIS and one IR.
 _SINGLE = ("overlay", "checkerboard", "matches", "yml", "gcp")
@@ -47,13 +53,30 @@ examples:
 """
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What is read before the work.
+
+    Attributes:
+        greys: the visible image (or reference) and the others, (H, W) float32 in [0, 1].
+        raws: images to warp, of their own types: IR; or the reference and the bands; none without -o.
+        map_tags: the GeoTIFF tags of VIS, for the image or stack that is written.
+        frame: the map frame of VIS, for ground control points; None where none are asked for.
+    """
+
+    greys: list[NDArray[np.float32]]
+    raws: list[NDArray[Any]]
+    map_tags: TiffFields
+    frame: MapFrame | None
+
+
 def add_parser(subparsers: Any) -> None:
     """Adds the command and its options."""
     parser = subparsers.add_parser(
         "register",
-        help="lay an image of another sensor onto a visible one; the bands of a rig onto one",
+        help="warp an image of another sensor onto a visible one; the bands of a rig onto one",
         description="Finds the transform between a visible image and one of another sensor, says whether "
-        "to believe it, and lays the other image onto the visible one. With more than one other image, "
+        "to trust it, and warps the other image onto the visible one. With more than one other image, "
         "registers each band of a multispectral rig to the first image.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -62,13 +85,19 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "ir", metavar="IR", type=Path, nargs="+", help="the image of the other sensor, or bands"
     )
-    outputs = parser.add_argument_group("outputs")
+    _add_outputs(parser)
+    _add_limits(parser)
+    add_model_options(parser)
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    outputs = parser.add_argument_group("outputs", "all are written together, or none")
     outputs.add_argument(
         "-o",
         "--output",
         metavar="IMAGE",
         type=output_path,
-        help="the IR image laid onto VIS, bit depth and channels kept; for several bands one multi-page "
+        help="the IR image warped onto VIS, bit depth and channels kept; for several bands one multi-page "
         "TIFF: the reference, then every band that did not fail",
     )
     pictures = (
@@ -76,8 +105,8 @@ def add_parser(subparsers: Any) -> None:
         ("--checkerboard", "draw both images in alternate squares"),
         ("--matches", "draw the places that were compared, over both images"),
     )
-    for option, words in pictures:
-        outputs.add_argument(option, metavar="PICTURE", type=output_path, help=words)
+    for option, text in pictures:
+        outputs.add_argument(option, metavar="PICTURE", type=output_path, help=text)
     outputs.add_argument(
         "--yml", metavar="FILE", type=output_path, help="write the transform for cv2.FileStorage: .yml, .yaml"
     )
@@ -99,12 +128,15 @@ def add_parser(subparsers: Any) -> None:
         "(default: every pixel counts, and the rest is filled with 0)",
     )
     add_json_option(outputs)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("registration")
     how.add_argument(
         "--kind",
-        choices=TRANSFORMS,
-        default=TRANSFORMS[0],
-        help="auto: the simplest that no other clearly beats (default: %(default)s)",
+        choices=KINDS,
+        default=DEFAULT_KIND,
+        help="of transform; auto: the simplest that no other clearly beats (default: %(default)s)",
     )
     how.add_argument(
         "--max-displacement",
@@ -116,51 +148,44 @@ def add_parser(subparsers: Any) -> None:
         "--max-rotation",
         metavar="D",
         type=non_negative_float,
-        help=f"degrees, either way, up to 180 (default: {MAX_ROTATION:g}; for bands {RIG_MAX_ROTATION:g})",
+        help="degrees, either way, up to 180 "
+        f"(default: {DEFAULT_MAX_ROTATION:g}; for bands {DEFAULT_BAND_ROTATION:g})",
     )
     how.add_argument(
         "--max-scale",
         metavar="S",
         type=non_negative_float,
-        help="factor, either way, beside the ratio of the image sizes, 1 to 4 "
-        f"(default: {MAX_SCALE}; for bands {RIG_MAX_SCALE})",
+        help="factor, either way, in addition to the ratio of the image sizes, 1 to 4 "
+        f"(default: {DEFAULT_MAX_SCALE}; for bands {DEFAULT_BAND_SCALE})",
     )
-    add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    from kglmatch.images import load_image
-    from kglmatch.registration.align import check_limits
-
     rig = len(args.ir) > 1
-    if args.max_rotation is None:
-        args.max_rotation = RIG_MAX_ROTATION if rig else MAX_ROTATION
-    if args.max_scale is None:
-        args.max_scale = RIG_MAX_SCALE if rig else MAX_SCALE
-    # A mistake is told before the model is loaded.
-    check_limits(args.kind, args.max_displacement, args.max_rotation, args.max_scale)
+    # Mistakes are reported before the model is loaded.
+    limits = _limits(args, rig)
     _check_names(args, rig)
-    paths = (args.vis, *args.ir)
-    greys = [load_image(path, nodata=args.nodata) for path in paths]
-    raws = _read_raw(args, rig)
+    inputs = _read(args, rig)
     outputs = {f"--{name}": getattr(args, name) for name in (*_SINGLE, "save")}
-    check_outputs({"-o": args.output, **outputs}, paths)
+    check_outputs({"-o": args.output, **outputs}, (args.vis, *args.ir))
     matcher = load_matcher(args)
     from kglmatch.patch_matcher import check_image_size
 
-    for path, grey in zip(paths, greys, strict=True):
+    for path, grey in zip((args.vis, *args.ir), inputs.greys, strict=True):
         check_image_size(grey, matcher.config.patch_size, str(path))
-    return (_run_rig if rig else _run_pair)(args, matcher, greys, raws)
+    return (_run_rig if rig else _run_pair)(args, matcher, inputs, limits)
 
 
-def _limits(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "kind": args.kind,
-        "max_displacement": args.max_displacement,
-        "max_rotation": args.max_rotation,
-        "max_scale": args.max_scale,
-    }
+def _limits(args: argparse.Namespace, rig: bool) -> Limits:
+    from kglmatch.registration.limits import Limits
+
+    rotation, scale = args.max_rotation, args.max_scale
+    if rotation is None:
+        rotation = DEFAULT_BAND_ROTATION if rig else DEFAULT_MAX_ROTATION
+    if scale is None:
+        scale = DEFAULT_BAND_SCALE if rig else DEFAULT_MAX_SCALE
+    return Limits(args.kind, args.max_displacement, rotation, scale)
 
 
 # --- before the work ------------------------------------------------------------------------------
@@ -190,6 +215,18 @@ def _check_names(args: argparse.Namespace, rig: bool) -> None:
     ):
         if path is not None:
             check_ending(path, endings, what)
+
+
+def _read(args: argparse.Namespace, rig: bool) -> _Inputs:
+    """Reads all that is needed, so that what is damaged shows before the work."""
+    from kglmatch.images import load_image
+    from kglmatch.registration.files import STACK, read_map_frame, read_map_tags
+
+    greys = [load_image(path, nodata=args.nodata) for path in (args.vis, *args.ir)]
+    raws = _read_raw(args, rig)
+    on_map = args.output is not None and args.output.suffix.lower() in STACK
+    map_tags = read_map_tags(args.vis) if on_map else []
+    return _Inputs(greys, raws, map_tags, None if args.gcp is None else read_map_frame(args.vis))
 
 
 def _read_raw(args: argparse.Namespace, rig: bool) -> list[NDArray[Any]]:
@@ -224,22 +261,19 @@ def _check_nodata(nodata: float, dtype: np.dtype[Any], path: Path) -> None:
 # --- one pair -------------------------------------------------------------------------------------
 
 
-def _run_pair(
-    args: argparse.Namespace, matcher: Matcher, greys: list[NDArray[np.float32]], raws: list[NDArray[Any]]
-) -> int:
-    vis, ir = greys
+def _run_pair(args: argparse.Namespace, matcher: Matcher, inputs: _Inputs, limits: Limits) -> int:
     path = args.ir[0]
     began = time.perf_counter()
-    found = matcher.register(vis, ir, **_limits(args))
+    found = matcher.register(*inputs.greys, **asdict(limits))
     seconds = time.perf_counter() - began
-    written = _write_pair(args, vis, ir, raws, found)
+    written = _write_pair(args, inputs, found)
     if args.json:
         facts = {"vis": str(args.vis), "ir": str(path), "model": args.model, "device": matcher.device}
         print_json({**facts, **found.to_dict(), **_timing(seconds, written)})
     else:
         print(f"{_summary(found)} ({seconds:.1f} s on {matcher.device})")
         if found.transform is not None:
-            print(_in_words(found, found.transform))
+            print(_effect(found, found.transform))
         for name in written:
             print(f"wrote {name}")
     if found.verdict == "failed":
@@ -251,17 +285,12 @@ def _run_pair(
     return 0
 
 
-def _write_pair(
-    args: argparse.Namespace,
-    vis: NDArray[np.float32],
-    ir: NDArray[np.float32],
-    raws: list[NDArray[Any]],
-    found: Registration,
-) -> list[Path]:
-    """Writes what was asked for and can be; the files."""
+def _write_pair(args: argparse.Namespace, inputs: _Inputs, found: Registration) -> list[Path]:
+    """Writes what was asked for and can be, all of it or nothing; the files."""
+    from kglmatch.files import atomic_outputs
     from kglmatch.images import save_image
     from kglmatch.registration.files import (
-        read_map_frame,
+        NO_MAP,
         registration_to_dict,
         save_control_points,
         save_json,
@@ -269,34 +298,36 @@ def _write_pair(
     )
     from kglmatch.visualize import draw_checkerboard, draw_matches, draw_overlay
 
+    vis, ir = inputs.greys
     writers: list[tuple[Path | None, Callable[[Path], None]]] = []
     if found.transform is not None:
         transform = found.transform
         writers = [
-            (args.output, lambda path: _write_warped(args, path, _warp(found, raws[0], args.nodata))),
+            (args.output, lambda path: _write_warped(args, path, inputs, found)),
             (args.overlay, lambda path: save_image(path, draw_overlay(vis, ir, transform))),
             (args.checkerboard, lambda path: save_image(path, draw_checkerboard(vis, ir, transform))),
             (args.matches, lambda path: save_image(path, draw_matches(vis, ir, _matches(found)))),
             (args.yml, lambda path: save_yml(path, found)),
-            (args.gcp, lambda path: save_control_points(path, found, read_map_frame(args.vis))),
+            (args.gcp, lambda path: save_control_points(path, found, inputs.frame or NO_MAP)),
         ]
     writers.append((args.save, lambda path: save_json(path, registration_to_dict(found))))
     written = []
-    for path, write in writers:
-        if path is not None:
-            write(path)
-            written.append(path)
+    with atomic_outputs():
+        for path, write in writers:
+            if path is not None:
+                write(path)
+                written.append(path)
     return written
 
 
-def _write_warped(args: argparse.Namespace, path: Path, image: NDArray[Any]) -> None:
+def _write_warped(args: argparse.Namespace, path: Path, inputs: _Inputs, found: Registration) -> None:
     """Writes the ir image on the visible one's pixels, and with its place on the map if it has one."""
     from kglmatch.images import save_image
-    from kglmatch.registration.files import STACK, read_map_tags, save_stack
+    from kglmatch.registration.files import save_stack
 
-    map_tags = read_map_tags(args.vis) if path.suffix.lower() in STACK else []
-    if map_tags:
-        save_stack(path, [image], [args.ir[0].name], map_tags=map_tags, nodata=args.nodata)
+    image = _warp(found, inputs.raws[0], args.nodata)
+    if inputs.map_tags:
+        save_stack(path, [image], [args.ir[0].name], map_tags=inputs.map_tags, nodata=args.nodata)
     else:
         save_image(path, image)
 
@@ -332,12 +363,11 @@ def _matches(found: Registration) -> Matches:
 # --- a rig ----------------------------------------------------------------------------------------
 
 
-def _run_rig(
-    args: argparse.Namespace, matcher: Matcher, greys: list[NDArray[np.float32]], raws: list[NDArray[Any]]
-) -> int:
+def _run_rig(args: argparse.Namespace, matcher: Matcher, inputs: _Inputs, limits: Limits) -> int:
     began = time.perf_counter()
     names = [str(path) for path in args.ir]
-    results = matcher.register_stack(greys[0], greys[1:], names=names, **_limits(args))
+    reference, *others = inputs.greys
+    results = matcher.register_stack(reference, others, names=names, **asdict(limits))
     seconds = time.perf_counter() - began
     kept = [i for i, result in enumerate(results) if result.registration.verdict != "failed"]
     facts = {
@@ -346,7 +376,7 @@ def _run_rig(
         "device": matcher.device,
         "stack": [str(args.vis), *(names[i] for i in kept)] if kept else [],
     }
-    written = _write_rig(args, raws, results, kept, facts)
+    written = _write_rig(args, inputs, results, kept, facts)
     if args.json:
         bands = [{"band": r.name, "via": r.via, **r.registration.to_dict()} for r in results]
         print_json({**facts, "bands": bands, **_timing(seconds, written)})
@@ -368,28 +398,32 @@ def _run_rig(
 
 def _write_rig(
     args: argparse.Namespace,
-    raws: list[NDArray[Any]],
+    inputs: _Inputs,
     results: list[BandRegistration],
     kept: list[int],
     facts: dict[str, Any],
 ) -> list[Path]:
-    from kglmatch.registration.files import read_map_tags, registration_to_dict, save_json, save_stack
+    """Writes what was asked for and can be, all of it or nothing; the files."""
+    from kglmatch.files import atomic_outputs
+    from kglmatch.registration.files import registration_to_dict, save_json, save_stack
 
     written = []
-    if args.output is not None and kept:
-        pages = [raws[0], *(_warp(results[i].registration, raws[i + 1], args.nodata) for i in kept)]
-        page_names = [args.vis.name, *(args.ir[i].name for i in kept)]
-        save_stack(args.output, pages, page_names, map_tags=read_map_tags(args.vis), nodata=args.nodata)
-        written.append(args.output)
-    if args.save is not None:
-        bands = [{"band": r.name, "via": r.via, **registration_to_dict(r.registration)} for r in results]
-        save_json(args.save, {**facts, "bands": bands})
-        written.append(args.save)
+    with atomic_outputs():
+        if args.output is not None and kept:
+            bands = [_warp(results[i].registration, inputs.raws[i + 1], args.nodata) for i in kept]
+            page_names = [args.vis.name, *(args.ir[i].name for i in kept)]
+            pages = [inputs.raws[0], *bands]
+            save_stack(args.output, pages, page_names, map_tags=inputs.map_tags, nodata=args.nodata)
+            written.append(args.output)
+        if args.save is not None:
+            rows = [{"band": r.name, "via": r.via, **registration_to_dict(r.registration)} for r in results]
+            save_json(args.save, {**facts, "bands": rows})
+            written.append(args.save)
     return written
 
 
 def _table(results: list[BandRegistration]) -> list[str]:
-    header = ("band", "verdict", "confidence", "transform", "inliers", "residual", "via")
+    header = ("band", "verdict", "confidence", "kind", "inliers", "median residual", "via")
     rows = [header]
     for result in results:
         found = result.registration
@@ -411,7 +445,7 @@ def _table(results: list[BandRegistration]) -> list[str]:
     ]
 
 
-# --- words ----------------------------------------------------------------------------------------
+# --- texts ----------------------------------------------------------------------------------------
 
 
 def _timing(seconds: float, written: list[Path]) -> dict[str, Any]:
@@ -419,16 +453,16 @@ def _timing(seconds: float, written: list[Path]) -> dict[str, Any]:
 
 
 def _summary(found: Registration) -> str:
-    words = f"{found.verdict}, confidence {found.confidence:.2f}"
+    verdict = f"{found.verdict}, confidence {found.confidence:.2f}"
     if found.transform is None:
-        return words
+        return verdict
     inliers = int(found.inliers.sum())
     agreed = f"{inliers} of {len(found.inliers)} places agree"
     residual = f", median residual {found.median_residual:.2f} px" if inliers else ""
-    return f"{words}: {found.kind}, {agreed}{residual}"
+    return f"{verdict}: {found.kind}, {agreed}{residual}"
 
 
-def _in_words(found: Registration, transform: NDArray[np.float64]) -> str:
+def _effect(found: Registration, transform: NDArray[np.float64]) -> str:
     """What the transform does at the middle of the visible image, in pixels of the other one."""
     import numpy as np
 

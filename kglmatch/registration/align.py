@@ -1,13 +1,15 @@
-"""How one image lies on another, from structure alone: the search behind `Matcher.register`.
+"""The transform between two images, from structure alone: the search behind `Matcher.register`.
 
 Coarse to fine. First the whole images are correlated over a grid of rotations and scales, all shifts
-at once. The best few are then refined on a pyramid: windows of the visible image are correlated with
-their surroundings in the resampled other one, and one transform is fitted to all surfaces together
-(`kglmatch.registration.surfaces`). What this finds, the network judges (`kglmatch.matcher`).
+at once (`kglmatch.registration.coarse`). The best few are then refined on a pyramid: windows of the visible
+image are correlated with their surroundings in the resampled other one, and one transform is fitted to all
+surfaces together (`kglmatch.registration.surfaces`). What this finds, the network judges
+(`kglmatch.registration.verdict`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -16,45 +18,37 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kglmatch.errors import KGLMatchError
-from kglmatch.geometry import (
-    TRANSFORMS,
-    TransformKind,
-    similarity_about,
-    transform_points,
-)
-from kglmatch.registration.structure import GlobalCorrelator, correlate_windows, structure_maps
+from kglmatch.geometry import transform_points
+from kglmatch.options import DEFAULT_KIND, TransformKind
+from kglmatch.registration.coarse import search
+from kglmatch.registration.limits import Limits
+from kglmatch.registration.structure import EDGE, correlate_windows, structure_maps, without_edge
 from kglmatch.registration.surfaces import (
     expand,
     maximise_votes,
+    newton_steps,
     peaks,
     smooth,
     standardise,
     starting_points,
     votes,
 )
-from kglmatch.resampling import resample, resize_between, shrink
+from kglmatch.resampling import resample, resize_between, shrink, shrinking
 
 Image = NDArray[np.float32]
 Matrix = NDArray[np.float64]
 
-_COARSE_SIDE = 160
-_COARSE_ROTATION = 3.0  # degrees between hypotheses
-_COARSE_SCALE = 0.06  # of log scale
-_COARSE_OVERLAP = 0.35
-_HYPOTHESES = 3
-_EDGE = 4  # pixels next to a border, where filters see what is not there
-_FIRST_SIDE = 256
-_LEAST_SIDE, _COARSE_LEAST = 64, 32  # pixels that the shorter side of a strip keeps
+FIRST_SIDE = 256
+_LEAST_SIDE = 64  # pixels that the shorter side of a strip keeps
 _LAST_SIDE = 2048
 _COVERED = 0.7  # of a window
 _MIN_WINDOWS = 8
-# A transform with more parameters must win so much more of the held-out votes.
+# A transform with more parameters must win this many times the held-out votes.
 _KIND_GAIN = 1.01
 _CANDIDATES: tuple[TransformKind, ...] = ("similarity", "affine", "homography")
 _CHANCE = 0.1  # mean vote that a fit to unrelated images reaches
 LEAST_SUPPORT = 0.12  # below it, structure says nothing
-# Standard deviations above a surface's mean. Where a peak is so high, it lies within 1.5 pixels of the
+# Standard deviations above a surface's mean. A peak of this height is within 1.5 pixels of the
 # right place for 85 % of the windows of Country and 81 % of RoadScene's; unrelated images seldom reach it.
 _CLEAR_PEAK = 1.8
 _ENOUGH_JUDGED = 0.3
@@ -108,78 +102,51 @@ class Alignment:
     num_matches: int = 0
 
 
-def align(
-    vis: Image,
-    ir: Image,
-    *,
-    kind: str = "auto",
-    max_displacement: float | None = None,
-    max_rotation: float = 15.0,
-    max_scale: float = 1.25,
-) -> list[Alignment]:
+def align(vis: Image, ir: Image, limits: Limits) -> list[Alignment]:
     """Finds transforms from a visible image to another sensor's, without a prior but the limits.
 
     Args:
         vis, ir: (H, W) float32 grey in [0, 1]; sizes may differ.
-        kind: "translation", "similarity", "affine", "homography", or "auto": the simplest that no
-            other beats clearly on windows held out of the fit.
-        max_displacement: pixels; how far the middle of the image may be moved in x and y.
-        max_rotation: degrees, either way.
-        max_scale: factor, either way, beside the ratio of the image sizes.
+        limits: the kind of transform, and how far the images may be apart.
 
     Returns:
         alternatives, the best supported first; empty if the images hold too little structure, or
         overlap too little.
-
-    Raises:
-        KGLMatchError: a parameter out of range.
     """
-    check_limits(kind, max_displacement, max_rotation, max_scale)
+    kind = limits.kind
     if kind == "translation":
-        max_rotation, max_scale = 0.0, 1.0
-    starts = _coarse(vis, ir, max_displacement, max_rotation, max_scale)
+        limits = dataclasses.replace(limits, max_rotation=0.0, max_scale=1.0)
+    starts = search(vis, ir, limits)
     refined: list[tuple[float, Matrix]] = []
     for start in starts:
-        level = make_level(vis, ir, start, _FIRST_SIDE, radius=10, across=9)
+        level = make_level(vis, ir, start, FIRST_SIDE, radius=10, across=9)
         if level is None:
             continue
-        correction, vote = _fit(level, _steps_to(kind), (2.0, 1.0))
+        correction, vote = _fit(level, steps_to(kind), (2.0, 1.0))
         if vote > _CHANCE:
             refined.append((vote, level.full(correction)))
     refined.sort(key=lambda item: -item[0])
     alternatives: list[Alignment] = []
     for _, transform in refined:
-        if any(_same(transform, other.transform, vis.shape) for other in alternatives):
+        if any(same_place(transform, other.transform, vis.shape) for other in alternatives):
             continue
         alignment = refine(vis, ir, transform, kind=kind)
         if alignment is not None and not any(
-            _same(alignment.transform, other.transform, vis.shape) for other in alternatives
+            same_place(alignment.transform, other.transform, vis.shape) for other in alternatives
         ):
             alternatives.append(alignment)
     return sorted(alternatives, key=lambda a: -a.support)
 
 
-def check_limits(kind: str, max_displacement: float | None, max_rotation: float, max_scale: float) -> None:
-    """Raises `KGLMatchError` for a parameter of `align` that is out of range."""
-    if kind != "auto" and kind not in TRANSFORMS:
-        raise KGLMatchError(f"kind must be one of {('auto', *TRANSFORMS)}, got {kind!r}")
-    if max_displacement is not None and not 0 <= max_displacement < np.inf:
-        raise KGLMatchError(f"max_displacement must be 0 pixels or more, got {max_displacement}")
-    if not 0 <= max_rotation <= 180:
-        raise KGLMatchError(f"max_rotation must be in [0, 180] degrees, got {max_rotation}")
-    if not 1 <= max_scale <= 4:
-        raise KGLMatchError(f"max_scale must be in [1, 4], got {max_scale}")
-
-
 def refine(
-    vis: Image, ir: Image, start: Matrix, *, kind: str = "auto", first_radius: int = 10
+    vis: Image, ir: Image, start: Matrix, *, kind: str = DEFAULT_KIND, first_radius: int = 10
 ) -> Alignment | None:
     """Refines a transform that is right to about a hundredth of the image's size.
 
     Args:
         vis, ir: (H, W) float32 grey.
         start: (3, 3) from visible to ir pixels.
-        kind: as for `align`.
+        kind: as in `Limits`.
         first_radius: pixels at a width of 256 that the start may be wrong by.
 
     Returns:
@@ -187,8 +154,8 @@ def refine(
     """
     transform = start
     levels: list[Level] = []
-    sides = _pyramid(max(vis.shape))
-    kinds = _steps_to(kind)
+    sides = pyramid(max(vis.shape))
+    kinds = steps_to(kind)
     for depth, side in enumerate(sides):
         radius, across = (first_radius, 9) if depth == 0 else (8, 12) if depth == 1 else (6, 14)
         level = make_level(vis, ir, transform, side, radius=radius, across=across)
@@ -214,7 +181,7 @@ def mean_vote(vis: Image, ir: Image, transform: Matrix) -> float | None:
     Returns:
         mean over the windows, or None if fewer than 8 are covered by both images.
     """
-    level = make_level(vis, ir, transform, _pyramid(max(vis.shape))[-1], radius=6, across=14)
+    level = make_level(vis, ir, transform, pyramid(max(vis.shape))[-1], radius=6, across=14)
     return (
         None if level is None else float(votes(smooth(level.surfaces, 1.0), level.centres, np.eye(3)).mean())
     )
@@ -222,7 +189,7 @@ def mean_vote(vis: Image, ir: Image, transform: Matrix) -> float | None:
 
 @dataclass(frozen=True)
 class Field:
-    """Displacements on a grid, for images that should lie on each other.
+    """Displacements on a grid, for images that should be aligned.
 
     Attributes:
         points: (G, 2) xy pixels.
@@ -240,7 +207,7 @@ class Field:
 
 
 def displacement_field(vis: Image, ir: Image, max_displacement: float) -> Field | None:
-    """Where the content of two images of one size lies apart, point by point.
+    """How far the content of two images of one size is apart, point by point.
 
     First a transform is fitted; then each window is looked for near the place that it predicts, and
     what is found is smoothed over the neighbours by medians weighted with certainty.
@@ -252,7 +219,7 @@ def displacement_field(vis: Image, ir: Image, max_displacement: float) -> Field 
     Returns:
         the field, or None where the images hold too little structure.
     """
-    factor = _shrinking(vis, _FIRST_SIDE, _LEAST_SIDE)
+    factor = shrinking(vis, FIRST_SIDE, _LEAST_SIDE)
     radius = int(np.clip(np.ceil(max_displacement * factor) + 2, 4, 24))
     alignment = refine(vis, ir, np.eye(3), kind="affine", first_radius=radius)
     if alignment is None:
@@ -260,7 +227,7 @@ def displacement_field(vis: Image, ir: Image, max_displacement: float) -> Field 
     best: tuple[Level, Matrix, Matrix] | None = None
     best_share = -1.0
     # A noisy sensor is clear in wide windows only: from fine to coarse, until enough can be judged.
-    for side in reversed(_pyramid(max(vis.shape))):
+    for side in reversed(pyramid(max(vis.shape))):
         level = make_level(vis, ir, alignment.transform, side, radius=6, across=14)
         if level is None:
             continue
@@ -297,82 +264,6 @@ def _median_of_neighbours(points: Matrix, values: Matrix, weights: Matrix, count
     return out
 
 
-# --- coarse -----------------------------------------------------------------------------------
-
-
-def _coarse(
-    vis: Image, ir: Image, max_displacement: float | None, max_rotation: float, max_scale: float
-) -> list[Matrix]:
-    """The best supported similarities of a grid over rotation and scale, best first."""
-    factor = _shrinking(vis, _COARSE_SIDE, _COARSE_LEAST)
-    small_vis = shrink(vis, factor)
-    size = small_vis.shape[1], small_vis.shape[0]
-    centre_vis = (size[0] - 1) / 2, (size[1] - 1) / 2
-    correlator = GlobalCorrelator(_without_edge(structure_maps(small_vis, even=False)))
-    to_small_vis = resize_between(vis, small_vis)
-    # Two cameras show either the same field of view, whatever their resolutions, or the same pixels.
-    ratio = float(np.log(np.sqrt(ir.size / vis.size)))
-    nominal = [0.0, ratio] if abs(ratio) > _COARSE_SCALE else [0.0]
-    # In each case the other image is shrunk to pixels as large as the visible one's.
-    small_irs = {n: shrink(ir, factor / float(np.exp(n))) for n in nominal}
-    tried: dict[tuple[float, float], tuple[float, Matrix]] = {}
-
-    def evidence(rotation: float, log_scale: float) -> float:
-        key = round(rotation, 4), round(log_scale, 5)
-        if key not in tried:
-            small_ir = small_irs[min(nominal, key=lambda n: abs(n - log_scale))]
-            to_small_ir = resize_between(ir, small_ir)
-            centre_ir = (small_ir.shape[1] - 1) / 2, (small_ir.shape[0] - 1) / 2
-            scale = float(np.exp(log_scale)) * to_small_ir[0, 0] / to_small_vis[0, 0]
-            turn = similarity_about(rotation, scale, centre_vis, centre_ir)
-            moved, mask = resample(small_ir, turn, size, edge=2)
-            found, dx, dy = correlator.best_shift(
-                structure_maps(moved, even=False) * mask,
-                mask,
-                min_overlap=_COARSE_OVERLAP,
-                max_shift=None if max_displacement is None else max(1.0, max_displacement * factor),
-            )
-            shift = np.array([[1.0, 0, dx], [0, 1, dy], [0, 0, 1]])
-            tried[key] = found, np.linalg.inv(to_small_ir) @ turn @ shift @ to_small_vis
-        return tried[key][0]
-
-    rotations = _steps(max_rotation, _COARSE_ROTATION)
-    scales = sorted({n + s for n in nominal for s in _steps(float(np.log(max_scale)), _COARSE_SCALE)})
-    grid = sorted(((evidence(r, s), r, s) for r in rotations for s in scales), reverse=True)
-    kept: list[tuple[float, float, float]] = []
-    for item in grid:
-        apart = all(
-            abs(item[1] - k[1]) > _COARSE_ROTATION * 1.01 or abs(item[2] - k[2]) > _COARSE_SCALE * 1.01
-            for k in kept
-        )
-        if apart and np.isfinite(item[0]):
-            kept.append(item)
-        if len(kept) == _HYPOTHESES:
-            break
-    found = []
-    for item in kept:
-        best, rotation_step, scale_step = item, _COARSE_ROTATION / 2, _COARSE_SCALE / 2
-        if len(rotations) == 1:
-            rotation_step = 0.0
-        for _ in range(3):
-            around = [
-                (best[1] + i * rotation_step, best[2] + j * scale_step)
-                for i in (-1, 0, 1)
-                for j in (-1, 0, 1)
-            ]
-            best = max((evidence(r, s), r, s) for r, s in around)
-            rotation_step, scale_step = rotation_step / 2, scale_step / 2
-        transform = tried[round(best[1], 4), round(best[2], 5)][1]
-        found.append((best[0], transform / transform[2, 2]))
-    return [transform for _, transform in sorted(found, key=lambda f: -f[0])]
-
-
-def _steps(limit: float, step: float) -> list[float]:
-    """-limit .. limit in about equal steps, 0 included."""
-    count = int(np.ceil(limit / step))
-    return [0.0] if count == 0 else [float(x) for x in np.linspace(-limit, limit, 2 * count + 1)]
-
-
 # --- levels -----------------------------------------------------------------------------------
 
 
@@ -389,7 +280,7 @@ def make_level(
     Returns:
         the level, or None if fewer than 8 windows are covered by both images.
     """
-    factor = _shrinking(vis, side, _LEAST_SIDE)
+    factor = shrinking(vis, side, _LEAST_SIDE)
     small_vis = shrink(vis, factor)
     to_level = resize_between(vis, small_vis)
     # The other image is shrunk by what the transform will not shrink, so that nothing aliases.
@@ -398,7 +289,7 @@ def make_level(
     to_small_ir = resize_between(ir, small_ir)
     size = small_vis.shape[1], small_vis.shape[0]
     predicted = transform @ np.linalg.inv(to_level)
-    moved, mask = resample(small_ir, to_small_ir @ predicted, size, edge=_EDGE)
+    moved, mask = resample(small_ir, to_small_ir @ predicted, size, edge=EDGE)
     window = 64 if min(size) >= 2 * 64 else 32
     centres = _grid(size, max(size) / across, window // 2 - 8)
     covered = cv2.blur(mask, (window, window))[centres[:, 1], centres[:, 0]] > _COVERED
@@ -406,7 +297,7 @@ def make_level(
     if len(centres) < _MIN_WINDOWS:
         return None
     surfaces = correlate_windows(
-        _without_edge(structure_maps(small_vis)),
+        without_edge(structure_maps(small_vis)),
         structure_maps(moved) * mask,
         centres,
         size=window,
@@ -415,14 +306,9 @@ def make_level(
     return Level(centres.astype(np.float64), standardise(surfaces), to_level, predicted)
 
 
-def _shrinking(image: Image, side: int, least: int) -> float:
-    """The factor that makes the longer side `side` pixels, but leaves a strip `least` pixels wide."""
-    return min(1.0, max(side / max(image.shape), least / min(image.shape)))
-
-
-def _pyramid(side: int) -> list[int]:
+def pyramid(side: int) -> list[int]:
     """Sides to refine at: 256, doubled while that brings the image's own resolution nearer."""
-    sides = [_FIRST_SIDE]
+    sides = [FIRST_SIDE]
     while sides[-1] * 1.5 < min(side, _LAST_SIDE):
         sides.append(sides[-1] * 2)
     return sides
@@ -442,7 +328,7 @@ def _fit(level: Level, kinds: Sequence[TransformKind], sigmas: Sequence[float]) 
     return best, best_vote
 
 
-def _steps_to(kind: str) -> tuple[TransformKind, ...]:
+def steps_to(kind: str) -> tuple[TransformKind, ...]:
     """Kinds that are fitted one after the other on the way to the one that was asked for."""
     if kind in ("translation", "similarity"):
         return (cast(TransformKind, kind),)
@@ -459,7 +345,7 @@ def _choose_kind(level: Level, kind: str, correction: Matrix) -> tuple[Transform
     best = -1.0
     candidates: dict[TransformKind, Matrix] = {}
     for candidate in _CANDIDATES:
-        start = correction if candidate != "similarity" else _nearest_similarity(level, correction)
+        start = correction if candidate != "similarity" else nearest_similarity(level, correction)
         candidates[candidate] = maximise_votes(blurred, level.centres, candidate, start)
         vote = _held_out(level, candidate, candidates[candidate])
         if vote > best * _KIND_GAIN:
@@ -467,7 +353,7 @@ def _choose_kind(level: Level, kind: str, correction: Matrix) -> tuple[Transform
     return chosen, candidates[chosen]
 
 
-def _nearest_similarity(level: Level, correction: Matrix) -> Matrix:
+def nearest_similarity(level: Level, correction: Matrix) -> Matrix:
     """The similarity that makes the whole transform one, as near to the correction as can be."""
     found = transform_points(
         level.full(correction), transform_points(np.linalg.inv(level.to_level), level.centres)
@@ -504,10 +390,7 @@ def _finish(level: Level, kind: TransformKind, correction: Matrix, support: floa
     blurred = smooth(level.surfaces, 0.5)
     predicted = transform_points(correction, level.centres)
     _, gradients, hessians = expand(blurred, predicted - level.centres)
-    convex = (np.linalg.det(hessians) > 1e-4) & (hessians[:, 0, 0] < 0)
-    step = np.zeros_like(predicted)
-    step[convex] = -np.linalg.solve(hessians[convex], gradients[convex][:, :, None])[:, :, 0]
-    found = predicted + np.clip(step, -2, 2)
+    found = predicted + newton_steps(gradients, hessians, flat=1e-4, longest=2)
     vote = votes(blurred, level.centres, correction)
     transform = level.full(correction)
     points_vis = transform_points(np.linalg.inv(level.to_level), level.centres)
@@ -517,12 +400,6 @@ def _finish(level: Level, kind: TransformKind, correction: Matrix, support: floa
 
 
 # --- images -----------------------------------------------------------------------------------
-
-
-def _without_edge(maps: NDArray[np.float32]) -> NDArray[np.float32]:
-    maps[:, :_EDGE] = maps[:, -_EDGE:] = 0
-    maps[:, :, :_EDGE] = maps[:, :, -_EDGE:] = 0
-    return maps
 
 
 def _grid(size: tuple[int, int], step: float, edge: int) -> NDArray[np.int64]:
@@ -535,7 +412,7 @@ def _grid(size: tuple[int, int], step: float, edge: int) -> NDArray[np.int64]:
     return np.stack([x.ravel(), y.ravel()], axis=1)
 
 
-def _same(a: Matrix, b: Matrix, shape: tuple[int, ...]) -> bool:
+def same_place(a: Matrix, b: Matrix, shape: tuple[int, ...]) -> bool:
     """Whether two transforms differ by less than a hundredth of the image's size at its corners."""
     height, width = shape
     corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float64)

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import struct
-import zlib
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import cv2
 import numpy as np
+import tifffile
 from numpy.typing import NDArray
-from PIL import Image
 
 from kglmatch.errors import ImageError, KGLMatchError, OutputError
 from kglmatch.files import atomic_output
 from kglmatch.registration.results import Registration
 
-_ASCII, _SHORT, _LONG, _DOUBLE = 2, 3, 4, 12  # TIFF field types
-_BYTES = {_ASCII: 1, _SHORT: 2, _LONG: 4, _DOUBLE: 8}  # of one value
-TiffFields = list[tuple[int, int, bytes]]  # tag, type, values
+_ASCII, _SHORT, _DOUBLE = 2, 3, 12  # TIFF field types
+# tag, type, number of values, values, on the first page only: `extratags` of tifffile.
+TiffFields = list[tuple[int, int, int, Any, bool]]
 
 YML = (".yml", ".yaml")
 CONTROL_POINTS = (".points", ".txt", ".gcp")
@@ -89,7 +90,7 @@ def save_yml(path: str | os.PathLike[str], registration: Registration) -> None:
 
 @dataclass(frozen=True)
 class MapFrame:
-    """Where the pixels of an image lie on a map.
+    """Map coordinates of the pixels of an image.
 
     Attributes:
         matrix: (2, 3) from xy pixels (the first pixel's centre is 0, 0) to map x and y.
@@ -105,22 +106,26 @@ NO_MAP = MapFrame(np.array([[1.0, 0.0, 0.5], [0.0, -1.0, -0.5]]))
 
 _SCALE, _TIES, _MATRIX, _KEYS = 33550, 33922, 34264, 34735  # GeoTIFF tags
 _DOUBLES, _TEXTS, _NODATA = 34736, 34737, 42113
+_PAGE_NAME, _PAGE_NUMBER = 285, 297
 _RASTER_TYPE, _GEOGRAPHIC, _PROJECTED = 1025, 2048, 3072  # GeoTIFF keys
 _PIXEL_IS_POINT, _USER_DEFINED = 2, 32767
+_KEY_SHORTS = 4  # in the head of the key directory, and in each of its entries
+
+_log_lock = threading.Lock()
 
 
 def read_map_frame(path: str | os.PathLike[str]) -> MapFrame:
     """The map frame of a GeoTIFF; `NO_MAP` for any other image file.
 
     Raises:
-        ImageError: a file that cannot be read.
+        ImageError: a file that cannot be read, or a damaged georeference.
     """
-    tags = _read_tags(path)
-    keys = np.array(tags.get(_KEYS, ()), np.int64)
-    entries = {int(key): int(value) for key, place, _, value in keys[4:].reshape(-1, 4) if place == 0}
-    if len(tags.get(_MATRIX, ())) == 16:
-        corner = np.array(tags[_MATRIX], np.float64).reshape(4, 4)[:2][:, [0, 1, 3]]
-    elif len(tags.get(_SCALE, ())) >= 2 and len(tags.get(_TIES, ())) == 6:
+    tags = _map_tags(path)
+    keys = tags.get(_KEYS, np.zeros(_KEY_SHORTS))[_KEY_SHORTS:].reshape(-1, _KEY_SHORTS)
+    entries = {int(key): int(value) for key, place, _, value in keys if place == 0}
+    if _MATRIX in tags:
+        corner = tags[_MATRIX].reshape(4, 4)[:2][:, [0, 1, 3]]
+    elif _SCALE in tags and len(tags.get(_TIES, ())) == 6:
         x, y, _, east, north, _ = tags[_TIES]
         scale_x, scale_y = tags[_SCALE][:2]
         corner = np.array([[scale_x, 0, east - x * scale_x], [0, -scale_y, north + y * scale_y]])
@@ -133,36 +138,94 @@ def read_map_frame(path: str | os.PathLike[str]) -> MapFrame:
     return MapFrame(matrix, None if code in (0, _USER_DEFINED) else code)
 
 
-def _read_tags(path: str | os.PathLike[str]) -> dict[int, Any]:
-    """TIFF tags of a file; none of another image. Raises `ImageError` for a file that cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return dict(getattr(image, "tag_v2", {}))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        # No image that Pillow knows, such as a format of OpenCV's; GeoTIFF it does know.
-        if not Path(path).is_file():
-            raise ImageError(f"cannot read {os.fspath(path)}: no such file") from None
-        return {}
-
-
 def read_map_tags(path: str | os.PathLike[str]) -> TiffFields:
     """What places a GeoTIFF on its map, as fields for `save_stack`; none for any other image file.
 
     Raises:
-        ImageError: a file that cannot be read.
+        ImageError: a file that cannot be read, or a damaged georeference.
     """
-    tags = _read_tags(path)
+    tags = _map_tags(path)
     if _KEYS not in tags:
         return []
     fields: TiffFields = []
     for tag in (_SCALE, _TIES, _MATRIX, _DOUBLES):
         if tag in tags:
-            values = np.atleast_1d(np.array(tags[tag], "<f8"))
-            fields.append((tag, _DOUBLE, values.tobytes()))
-    fields.append((_KEYS, _SHORT, _shorts(*tags[_KEYS])))
+            fields.append((tag, _DOUBLE, len(tags[tag]), tuple(map(float, tags[tag])), False))
+    fields.append((_KEYS, _SHORT, len(tags[_KEYS]), tuple(map(int, tags[_KEYS])), False))
     if _TEXTS in tags:
-        fields.append((_TEXTS, _ASCII, str(tags[_TEXTS]).encode("utf-8", "replace") + b"\0"))
+        fields.append(_text_field(_TEXTS, tags[_TEXTS]))
     return fields
+
+
+def _text_field(tag: int, text: str) -> tuple[int, int, int, Any, bool]:
+    return tag, _ASCII, 0, text.encode("utf-8", "replace") + b"\0", False  # the count is of the bytes
+
+
+def _map_tags(path: str | os.PathLike[str]) -> dict[int, Any]:
+    """The GeoTIFF tags of a file, checked: numbers as arrays, text as it is; none of another image.
+
+    Raises:
+        ImageError: a file that cannot be read, or a damaged georeference.
+    """
+    tags: dict[int, Any] = {}
+    for tag, value in _read_tags(path).items():
+        if tag == _TEXTS:
+            tags[tag] = value if isinstance(value, str) else bytes(value).decode("utf-8", "replace")
+            continue
+        try:
+            tags[tag] = np.atleast_1d(np.array(value, np.int64 if tag == _KEYS else np.float64))
+        except (TypeError, ValueError, OverflowError):
+            raise _damaged(path, f"tag {tag} holds no numbers") from None
+        if not np.isfinite(tags[tag]).all():
+            raise _damaged(path, f"tag {tag} holds numbers that are not finite")
+    if _KEYS in tags:
+        keys = tags[_KEYS]
+        # Its fourth number counts the entries; writers may leave more room.
+        whole = _KEY_SHORTS * (1 + int(keys[3])) if len(keys) >= _KEY_SHORTS else _KEY_SHORTS
+        if len(keys) < whole:
+            raise _damaged(path, f"its key directory has {len(keys)} numbers, expected {whole}")
+        tags[_KEYS] = keys[:whole]
+    if _MATRIX in tags and len(tags[_MATRIX]) != 16:
+        raise _damaged(path, f"its matrix has {len(tags[_MATRIX])} numbers, expected 16")
+    if _SCALE in tags and (len(tags[_SCALE]) not in (2, 3) or not tags[_SCALE][:2].all()):
+        raise _damaged(path, f"its pixel scale is {tags[_SCALE].tolist()}, expected 3 numbers")
+    if _TIES in tags and len(tags[_TIES]) % 6:
+        raise _damaged(path, f"its tie points have {len(tags[_TIES])} numbers, expected 6 for each point")
+    return tags
+
+
+def _damaged(path: str | os.PathLike[str], why: str) -> ImageError:
+    return ImageError(
+        f"cannot read the georeference of {os.fspath(path)}: {why}; repair it, or remove the GeoTIFF tags"
+    )
+
+
+def _read_tags(path: str | os.PathLike[str]) -> dict[int, Any]:
+    """The GeoTIFF tags of a file as they are; none of another image. `ImageError` if it cannot be read."""
+    wanted = (_SCALE, _TIES, _MATRIX, _KEYS, _DOUBLES, _TEXTS)
+    if not Path(path).is_file():
+        raise ImageError(f"cannot read {os.fspath(path)}: no such file")
+    try:
+        with _quiet_tifffile(), tifffile.TiffFile(path) as file:
+            tags = file.pages[0].tags  # type: ignore[union-attr]  # the first page is never a mere frame
+            return {tag: tags[tag].value for tag in wanted if tag in tags}
+    except OSError as error:
+        raise ImageError(f"cannot read {os.fspath(path)}: {error.strerror or error}") from error
+    except Exception:
+        # No TIFF, or one so damaged that tifffile gives up by whatever error; `read_image_raw` judges that.
+        return {}
+
+
+@contextmanager
+def _quiet_tifffile() -> Iterator[None]:
+    """Keeps tifffile from printing about damaged tags, which become an error here."""
+    log = logging.getLogger("tifffile")
+    with _log_lock:
+        before, log.disabled = log.disabled, True
+        try:
+            yield
+        finally:
+            log.disabled = before
 
 
 def save_control_points(
@@ -219,7 +282,7 @@ def _transform(registration: Registration) -> NDArray[np.float64]:
 # --- stacks ---------------------------------------------------------------------------------------
 
 _STACK_TYPES = ("uint8", "uint16", "uint32", "int16", "int32", "float32", "float64")
-_STRIP = 1 << 20  # bytes, before compression
+_CLASSIC_BYTES = (1 << 32) - (1 << 25)  # of pixels: a stack with more is written as BigTIFF
 
 
 def check_pages(pages: Sequence[NDArray[Any]], names: Sequence[str]) -> None:
@@ -241,104 +304,45 @@ def save_stack(
 ) -> None:
     """Writes images as the pages of one TIFF, lossless (deflate), each of its own type.
 
+    A stack of nearly 4 GiB or more, before compression, becomes a BigTIFF.
+
     Args:
         path: .tif or .tiff.
         pages: (H, W) or (H, W, C), C = 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA; bool becomes 0 and 255.
         names: of the pages, written as their PageName.
-        map_tags: of `read_map_tags`, for pages that lie on the pixels of a GeoTIFF.
-        nodata: value of pixels without data, told to GDAL.
+        map_tags: of `read_map_tags`, for pages that have the pixel grid of a GeoTIFF.
+        nodata: value of pixels without data, reported to GDAL.
 
     Raises:
         ImageError: a page of a type that is none of these.
-        OutputError: another ending, more than 4 GiB, or a file that cannot be written.
+        OutputError: another ending, or a file that cannot be written.
     """
     # OpenCV names no pages, and Pillow holds no 16-bit colour.
     check_ending(path, STACK, "a stack")
     check_pages(pages, names)
     more = list(map_tags or ())
     if nodata is not None:
-        more.append((_NODATA, _ASCII, f"{nodata:.17g}\0".encode()))
-    with atomic_output(path) as temporary, temporary.open("wb") as file:
-        file.write(struct.pack("<2sHI", b"II", 42, 0))
-        pointer = 4
+        more.append(_text_field(_NODATA, f"{nodata:.17g}"))
+    big = sum(page.nbytes for page in pages) > _CLASSIC_BYTES
+    with (
+        atomic_output(path) as temporary,
+        tifffile.TiffWriter(temporary, bigtiff=big, byteorder="<") as file,
+    ):
         for number, (page, name) in enumerate(zip(pages, names, strict=True)):
             pixels = page.astype(np.uint8) * 255 if page.dtype == np.bool_ else page
-            pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-            pointer = _write_page(file, pointer, pixels, name, (number, len(pages)), more)
-        if file.tell() >= 1 << 32:
-            raise OutputError(f"cannot write {os.fspath(path)}: the stack is larger than a TIFF's 4 GiB")
-
-
-def _write_page(
-    file: BinaryIO,
-    pointer: int,
-    pixels: NDArray[Any],
-    name: str,
-    number: tuple[int, int],
-    more: TiffFields,
-) -> int:
-    """Writes one page (H, W, C), links it at `pointer`; where the next page is to be linked."""
-    height, width, channels = pixels.shape
-    rows = max(1, _STRIP // max(1, width * channels * pixels.itemsize))
-    predict = pixels.dtype.kind in "iu" and pixels.itemsize <= 2
-    offsets: list[int] = []
-    counts: list[int] = []
-    for strip in _strips(pixels, rows, predict):
-        offsets.append(file.tell())
-        counts.append(file.write(strip))
-        if file.tell() >= 1 << 32:
-            raise OutputError(f"cannot write {name}: the stack is larger than a TIFF's 4 GiB")
-    fields: TiffFields = [
-        (254, _LONG, _longs(0 if number[1] == 1 else 2)),  # an image, or a page of several
-        (256, _LONG, _longs(width)),
-        (257, _LONG, _longs(height)),
-        (258, _SHORT, _shorts(*[8 * pixels.itemsize] * channels)),
-        (259, _SHORT, _shorts(8)),  # deflate
-        (262, _SHORT, _shorts(2 if channels >= 3 else 1)),
-        (273, _LONG, _longs(*offsets)),
-        (277, _SHORT, _shorts(channels)),
-        (278, _LONG, _longs(rows)),
-        (279, _LONG, _longs(*counts)),
-        (285, _ASCII, name.encode("utf-8", "replace") + b"\0"),
-        (297, _SHORT, _shorts(*number)),
-        (317, _SHORT, _shorts(2 if predict else 1)),
-        *([(338, _SHORT, _shorts(2))] if channels in (2, 4) else []),  # alpha
-        (339, _SHORT, _shorts(*[{"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]] * channels)),
-        *sorted(more),
-    ]
-    entries = b""
-    for tag, kind, value in fields:
-        count = len(value) // _BYTES[kind]
-        if len(value) > 4:
-            file.write(b"\0" * (file.tell() % 2))
-            place = struct.pack("<I", file.tell())
-            file.write(value)
-        else:
-            place = value.ljust(4, b"\0")
-        entries += struct.pack("<HHI", tag, kind, count) + place
-    file.write(b"\0" * (file.tell() % 2))
-    directory = file.tell()
-    file.write(struct.pack("<H", len(fields)) + entries + _longs(0))
-    end = file.tell()
-    file.seek(pointer)
-    file.write(_longs(directory))
-    file.seek(end)
-    return end - 4
-
-
-def _strips(pixels: NDArray[Any], rows: int, predict: bool) -> Iterator[bytes]:
-    for start in range(0, len(pixels), rows):
-        strip = np.ascontiguousarray(pixels[start : start + rows])
-        if predict:
-            before = strip
-            strip = strip.copy()
-            strip[:, 1:] -= before[:, :-1]  # wraps around, as the format asks
-        yield zlib.compress(strip.astype(strip.dtype.newbyteorder("<"), copy=False).tobytes())
-
-
-def _shorts(*values: int) -> bytes:
-    return struct.pack(f"<{len(values)}H", *values)
-
-
-def _longs(*values: int) -> bytes:
-    return struct.pack(f"<{len(values)}I", *values)
+            channels = 1 if page.ndim == 2 else page.shape[2]
+            fields = [_text_field(_PAGE_NAME, name), (_PAGE_NUMBER, _SHORT, 2, (number, len(pages)), False)]
+            file.write(
+                pixels[..., 0] if page.ndim == 3 and channels == 1 else pixels,
+                photometric="rgb" if channels >= 3 else "minisblack",
+                planarconfig="contig" if channels > 1 else None,
+                extrasamples=["unassalpha"] if channels in (2, 4) else None,
+                compression="zlib",
+                # Differences of neighbours; of wider types they do not get smaller.
+                predictor=pixels.dtype.kind in "iu" and pixels.itemsize <= 2,
+                subfiletype=0 if len(pages) == 1 else 2,  # an image, or a page of several
+                description=None,
+                metadata=None,
+                software=False,
+                extratags=[*fields, *more],
+            )

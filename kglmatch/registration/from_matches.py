@@ -1,6 +1,6 @@
-"""How one image lies on another, from the keypoints that the network matches.
+"""The transform between two images, from the keypoints that the network matches.
 
-Edges of a dark forest or of waves lie in all directions, and their structure fits almost anywhere; the
+Edges of a dark forest or of waves run in all directions, and their structure fits almost anywhere; the
 network still tells one place from another. Keypoints of both images are matched without a prior, and a
 similarity is fitted to them by RANSAC: few matches of unrelated images agree on one. All matches near it
 are then fitted together. Structure refines that where it has support and the matches do not object.
@@ -15,9 +15,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kglmatch.geometry import TransformKind, fit_robustly, transform_points
+from kglmatch.geometry import fit_robustly, transform_points
+from kglmatch.options import TransformKind
 from kglmatch.patch_matcher import PatchMatcher
 from kglmatch.registration.align import LEAST_SUPPORT, Alignment, refine
+from kglmatch.registration.limits import Limits, nominal_scales
 from kglmatch.resampling import enlarge, resize_between, shrink
 
 Image = NDArray[np.float32]
@@ -34,41 +36,29 @@ _TOLERANCE = 0.008
 _NEAR = 0.005
 _KEPT = 0.8  # of the matches: if structure loses more of them, it went astray
 _REFINED_RADIUS = 5  # pixels at a width of 256
-_SAME_SCALE = 0.06  # of log scale
 _SLACK = 1.1  # a limit is not overrun by the noise of a match
 
 
-def align_by_matches(
-    matcher: PatchMatcher,
-    vis: Image,
-    ir: Image,
-    *,
-    kind: str = "auto",
-    max_displacement: float | None = None,
-    max_rotation: float = 15.0,
-    max_scale: float = 1.25,
-) -> Alignment | None:
+def align_by_matches(matcher: PatchMatcher, vis: Image, ir: Image, limits: Limits) -> Alignment | None:
     """The transform that most matched keypoints agree with.
 
     Args:
         matcher: describes and matches the patches.
         vis, ir: (H, W) float32 grey in [0, 1]; sizes may differ.
-        kind, max_displacement, max_rotation, max_scale: as for `registration.align`; "auto" fits a
-            similarity to the matches.
+        limits: as for `registration.align`; kind "auto" fits a similarity to the matches.
 
     Returns:
         the alignment, with `num_matches` set; None where fewer than 10 matches agree, or what they agree on
-        lies outside the limits.
+        is outside the limits.
     """
-    # Two cameras show either the same field of view, whatever their resolutions, or the same pixels.
-    ratio = float(np.sqrt(ir.size / vis.size))
-    scales = [ratio, 1.0] if abs(np.log(ratio)) > _SAME_SCALE else [ratio]
-    upright = max_rotation <= _UPRIGHT
+    kind = limits.kind
+    scales = nominal_scales(vis, ir)
+    upright = limits.max_rotation <= _UPRIGHT
     found = [
         consensus
         for scale in scales
         if (consensus := _match(matcher, vis, ir, scale, upright, kind == "translation")) is not None
-        and _within(consensus.transform, scales, vis, ir, max_displacement, max_rotation, max_scale)
+        and _within(consensus.transform, scales, vis, ir, limits)
     ]
     if not found:
         return None
@@ -110,7 +100,7 @@ class _Consensus:
     side: float
 
     def residuals(self, transform: Matrix) -> Matrix:
-        """(K,) ir pixels between where a match lies and where a transform takes it."""
+        """(K,) ir pixels between where a match is and where a transform takes it."""
         return np.linalg.norm(transform_points(transform, self.points_vis) - self.points_ir, axis=1)
 
     def agreeing(self, transform: Matrix, tolerance: float) -> NDArray[np.bool_]:
@@ -155,23 +145,15 @@ def _most_common_shift(vis: Matrix, ir: Matrix, scale: float, tolerance: float) 
     return transform
 
 
-def _within(
-    transform: Matrix,
-    scales: list[float],
-    vis: Image,
-    ir: Image,
-    max_displacement: float | None,
-    max_rotation: float,
-    max_scale: float,
-) -> bool:
-    """Whether a similarity keeps the limits, each about one of the scales that images may have."""
+def _within(transform: Matrix, scales: list[float], vis: Image, ir: Image, limits: Limits) -> bool:
+    """Whether a similarity keeps the limits, about one of the scales that images may have."""
     zoom = max(float(np.sqrt(np.linalg.det(transform[:2, :2]))), 1e-6)
     turned = abs(np.rad2deg(np.arctan2(transform[1, 0], transform[0, 0])))
     zoomed = min(abs(np.log(zoom / scale)) for scale in scales)
-    if turned > max_rotation * _SLACK + 1 or zoomed > np.log(max_scale) * _SLACK + 0.01:
+    if turned > limits.max_rotation * _SLACK + 1 or zoomed > np.log(limits.max_scale) * _SLACK + 0.01:
         return False
-    if max_displacement is None:
+    if limits.max_displacement is None:
         return True
     centre_vis, centre_ir = ((np.array(image.shape[1::-1]) - 1) / 2 for image in (vis, ir))
     moved = np.abs(transform_points(transform, centre_vis[None])[0] - centre_ir) / zoom
-    return bool((moved <= max_displacement * _SLACK + 1).all())
+    return bool((moved <= limits.max_displacement * _SLACK + 1).all())

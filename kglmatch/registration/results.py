@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kglmatch.errors import KGLMatchError
-from kglmatch.geometry import TransformKind
+from kglmatch.options import TransformKind
 from kglmatch.resampling import Interpolation, covered_by, warp_image
 
 Verdict = Literal["registered", "doubtful", "failed"]
@@ -17,7 +17,7 @@ Verdict = Literal["registered", "doubtful", "failed"]
 
 @dataclass(frozen=True, eq=False)
 class Registration:
-    """How the other sensor's image lies on the visible one, and how sure that is.
+    """The transform from the visible image to the other sensor's, and how reliable it is.
 
     Attributes:
         verdict: "registered", "doubtful" (look before you use it) or "failed".
@@ -115,7 +115,7 @@ class Registration:
 
 @dataclass(frozen=True, eq=False)
 class RegistrationCheck:
-    """How well two images that should lie on each other do, and where not.
+    """How well two images that should be aligned are, and where not.
 
     Attributes:
         verdict: "registered" if the content agrees at all (with whatever displacement), else
@@ -168,7 +168,8 @@ class BandRegistration:
 
     Attributes:
         name: of the band.
-        registration: from the reference to the band, composed where it went through another band.
+        registration: from the reference to the band. Composed where it went through another band: then
+            its confidence is the product of both, unless the two images themselves speak for more.
         via: name of that band, or None for a direct registration.
     """
 

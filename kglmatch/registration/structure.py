@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 CHANNELS = 6
-_PRE_BLUR = 0.8  # pixels: below it lies sensor noise
+_PRE_BLUR = 0.8  # pixels: sensor noise is finer
 _POOL = 0.8  # pixels: edges of two sensors are a little apart
 _NEIGHBOURHOOD = 33  # pixels
 _NOISE = 1e-4  # of Scharr's gain of 32: far below a grey level of 8 bits
+EDGE = 4  # pixels next to a border, where filters see what is not there
 _CHUNK = 24  # windows whose spectra are held at once
 
 Maps = NDArray[np.float32]
@@ -28,7 +29,7 @@ def structure_maps(image: NDArray[np.float32], channels: int = CHANNELS, *, even
         image: (H, W) float32 grey.
         channels: number of directions over half a turn.
         even: weak edges count where all are weak, as in the dark half of a scene; otherwise edges count
-            by their strength in the whole image, which is surer for whole images shrunk to little.
+            by their strength in the whole image, which is more reliable for whole images shrunk to little.
 
     Returns:
         (channels, H, W) float32. Pixels without structure are near zero in every channel.
@@ -50,6 +51,13 @@ def structure_maps(image: NDArray[np.float32], channels: int = CHANNELS, *, even
     else:
         floor = np.full_like(norm, 0.5 * np.median(norm))
     return maps / np.sqrt(np.square(norm) + np.square(floor) + _NOISE**2)
+
+
+def without_edge(maps: Maps) -> Maps:
+    """The maps (K, H, W) themselves, set to zero along the image's border."""
+    maps[:, :EDGE] = maps[:, -EDGE:] = 0
+    maps[:, :, :EDGE] = maps[:, :, -EDGE:] = 0
+    return maps
 
 
 def correlate_windows(
@@ -137,7 +145,7 @@ class GlobalCorrelator:
 
         Returns:
             evidence (correlation times the root of the overlap in pixels; minus infinity if no shift
-            is allowed), and dx, dy: the fixed pixel (x, y) lies at (x + dx, y + dy) of the moving frame.
+            is allowed), and dx, dy: the fixed pixel (x, y) is (x + dx, y + dy) in the moving frame.
         """
         spectrum, covered = np.fft.rfft2(maps, s=self._size), np.fft.rfft2(mask, s=self._size)
         overlap = self._correlation(self._mask * covered)

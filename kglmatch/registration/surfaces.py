@@ -1,8 +1,8 @@
 """Fitting one transform to many correlation surfaces at once.
 
 Each window of an image has a surface that says how well it agrees with the other image at every
-displacement. A transform moves all windows; the best one lies high on as many surfaces as possible.
-Peaks are not picked first: a window that is unsure votes for everything that it allows, and an edge
+displacement. A transform moves all windows; the best one is high on as many surfaces as possible.
+Peaks are not picked first: an ambiguous window votes for everything that it allows, and an edge
 votes across itself only (the aperture problem).
 """
 
@@ -14,12 +14,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kglmatch.geometry import TransformKind, small_transform, transform_jacobian, transform_points
+from kglmatch.geometry import small_transform, transform_jacobian, transform_points
+from kglmatch.options import TransformKind
 
 Surfaces = NDArray[np.float32]
 Matrix = NDArray[np.float64]
 
-# A window agrees with a transform where its surface is so many standard deviations above its mean;
+# A window agrees with a transform where its surface is this many standard deviations above its mean;
 # the vote rises softly around it. Chance alone reaches it seldom.
 _AGREEMENT = 1.5
 _SOFTNESS = 0.4
@@ -72,10 +73,29 @@ def expand(surfaces: Surfaces, at: Matrix) -> tuple[Matrix, Matrix, Matrix]:
     return values, gradients, hessians
 
 
-def votes(surfaces: Surfaces, centres: Matrix, transform: Matrix) -> Matrix:
-    """How much each window (P,) speaks for a transform: near 0 for no, above 1 for clearly yes."""
-    values, _, _ = expand(surfaces, transform_points(transform, centres) - centres)
+def vote(values: NDArray[np.floating]) -> NDArray[np.float64]:
+    """How much a standardised correlation speaks for its place: near 0 for no, above 1 for clearly yes."""
     return _SOFTNESS * np.logaddexp(0, (values - _AGREEMENT) / _SOFTNESS)
+
+
+def votes(surfaces: Surfaces, centres: Matrix, transform: Matrix) -> Matrix:
+    """How much each window (P,) speaks for a transform, see `vote`."""
+    values, _, _ = expand(surfaces, transform_points(transform, centres) - centres)
+    return vote(values)
+
+
+def newton_steps(gradients: Matrix, hessians: Matrix, *, flat: float, longest: float) -> Matrix:
+    """From where surfaces were expanded to their tops: (P, 2) pixels, 0 where a surface has no top.
+
+    Args:
+        gradients, hessians: (P, 2) and (P, 2, 2), of `expand`.
+        flat: determinant of the Hessian below which there is no top.
+        longest: pixels, in x and in y.
+    """
+    convex = (np.linalg.det(hessians) > flat) & (hessians[:, 0, 0] < 0)
+    steps = np.zeros_like(gradients)
+    steps[convex] = -np.linalg.solve(hessians[convex], gradients[convex][:, :, None])[:, :, 0]
+    return np.clip(steps, -longest, longest)
 
 
 def peaks(surfaces: Surfaces) -> tuple[Matrix, Matrix]:
@@ -84,10 +104,7 @@ def peaks(surfaces: Surfaces) -> tuple[Matrix, Matrix]:
     y, x = np.divmod(surfaces.reshape(count, -1).argmax(axis=1), side)
     at = np.stack([x, y], axis=1).astype(np.float64) - side // 2
     values, gradients, hessians = expand(surfaces, at)
-    convex = (np.linalg.det(hessians) > 1e-6) & (hessians[:, 0, 0] < 0)
-    step = np.zeros_like(at)
-    step[convex] = -np.linalg.solve(hessians[convex], gradients[convex][:, :, None])[:, :, 0]
-    return at + np.clip(step, -0.7, 0.7), values
+    return at + newton_steps(gradients, hessians, flat=1e-6, longest=0.7), values
 
 
 def maximise_votes(
@@ -108,25 +125,13 @@ def maximise_votes(
     unit = float(np.abs(centres - origin).max()) + 1e-6
     to_unit = np.array([[1 / unit, 0, -origin[0] / unit], [0, 1 / unit, -origin[1] / unit], [0, 0, 1]])
     from_unit = np.linalg.inv(to_unit)
-    reach = levels[0].shape[1] // 2 - 0.5
     transform = start
     for surfaces in levels:
         best = votes(surfaces, centres, transform).sum()
         damping = 1e-3
         for _ in range(iterations):
             moved = transform_points(transform, centres)
-            displacement = moved - centres
-            values, gradients, hessians = expand(surfaces, displacement)
-            weight = 1 / (1 + np.exp(-np.clip((values - _AGREEMENT) / _SOFTNESS, -30, 30)))
-            weight *= (np.abs(displacement) <= reach).all(axis=1)
-            # Curvature made positive: along an edge a window may slide, but not without end.
-            curvature, axes = np.linalg.eigh(-hessians)
-            largest = np.abs(curvature).max(axis=1, keepdims=True)
-            curvature = np.maximum(curvature, 1e-4 + 0.05 * largest)
-            information = np.einsum("pij,pj,pkj->pik", axes, curvature, axes)
-            jacobian = transform_jacobian(kind, (moved - origin) / unit) * unit
-            normal = np.einsum("p,pia,pij,pjb->ab", weight, jacobian, information, jacobian)
-            uphill = np.einsum("p,pia,pi->a", weight, jacobian, gradients)
+            normal, uphill = _normal_equations(surfaces, moved, moved - centres, kind, origin, unit)
             scale = np.diag(np.diag(normal)) + np.eye(len(normal)) * (1e-6 + 1e-6 * np.trace(normal))
             improved = None
             for _ in range(5):
@@ -145,6 +150,30 @@ def maximise_votes(
             if change < 0.02:
                 break
     return transform
+
+
+def _normal_equations(
+    surfaces: Surfaces, moved: Matrix, displacement: Matrix, kind: TransformKind, origin: Matrix, unit: float
+) -> tuple[Matrix, Matrix]:
+    """Of a step that raises the votes: information (parameters, parameters) and gradient (parameters,).
+
+    Args:
+        moved, displacement: (P, 2) pixels, of the windows' centres.
+        origin, unit: (2,) and pixels, the frame in which the step's parameters are.
+    """
+    values, gradients, hessians = expand(surfaces, displacement)
+    weight = 1 / (1 + np.exp(-np.clip((values - _AGREEMENT) / _SOFTNESS, -30, 30)))
+    reach = surfaces.shape[1] // 2 - 0.5
+    weight *= (np.abs(displacement) <= reach).all(axis=1)
+    # Curvature made positive: along an edge a window may slide, but not without end.
+    curvature, axes = np.linalg.eigh(-hessians)
+    largest = np.abs(curvature).max(axis=1, keepdims=True)
+    curvature = np.maximum(curvature, 1e-4 + 0.05 * largest)
+    information = np.einsum("pij,pj,pkj->pik", axes, curvature, axes)
+    jacobian = transform_jacobian(kind, (moved - origin) / unit) * unit
+    normal = np.einsum("p,pia,pij,pjb->ab", weight, jacobian, information, jacobian)
+    uphill = np.einsum("p,pia,pi->a", weight, jacobian, gradients)
+    return normal, uphill
 
 
 def starting_points(surfaces: Surfaces, centres: Matrix, tolerance: float) -> list[Matrix]:

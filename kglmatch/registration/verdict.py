@@ -1,4 +1,4 @@
-"""Registration that knows what it is worth: structure proposes, the network judges.
+"""Registration with a verdict: structure proposes, the network judges.
 
 Two witnesses that go wrong in different ways. Structure says how many windows support a transform
 that was fitted without them. The network says whether patches at the same place are more alike than
@@ -10,7 +10,6 @@ prior, and that agree on one transform, take the place of structure.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import cv2
 import numpy as np
@@ -18,12 +17,21 @@ from numpy.typing import NDArray
 
 from kglmatch.errors import ImageError, KGLMatchError
 from kglmatch.features import to_numpy
-from kglmatch.geometry import TRANSFORMS, transform_points
+from kglmatch.geometry import transform_points
 from kglmatch.matching import distance_from_cosine
+from kglmatch.options import CHECK_DISPLACEMENTS, TRANSFORMS
 from kglmatch.patch_matcher import PatchMatcher
 from kglmatch.patches import extract_patches
-from kglmatch.registration.align import LEAST_SUPPORT, Alignment, align, displacement_field
+from kglmatch.registration.align import (
+    LEAST_SUPPORT,
+    Alignment,
+    align,
+    displacement_field,
+    refine,
+    same_place,
+)
 from kglmatch.registration.from_matches import LEAST, align_by_matches
+from kglmatch.registration.limits import Limits
 from kglmatch.registration.results import BandRegistration, Registration, RegistrationCheck, Verdict
 from kglmatch.resampling import covered_by, warp_image
 
@@ -41,6 +49,8 @@ _LEAST_AGREEMENT = 0.62
 _DOUBTFUL, _REGISTERED = 1.0, 1.1
 # A third witness may stand in for structure: matches found without a prior that agree on the transform.
 _DOUBTFUL_MATCHES, _REGISTERED_MATCHES = LEAST, 16
+_REGISTERED_CONFIDENCE = 0.5
+_COMPOSED_RADIUS = 5  # pixels at a width of 256 that two registrations in a row may be wrong by
 
 
 def agreement(distances: NDArray[np.floating]) -> float:
@@ -83,20 +93,20 @@ def give_verdict(support: float, agreed: float, num_matches: int = 0) -> Verdict
     return "registered" if total >= _REGISTERED else "doubtful" if total >= _DOUBTFUL else "failed"
 
 
-def register(matcher: PatchMatcher, vis: Image, ir: Image, **limits: Any) -> Registration:
-    """`Matcher.register` on grey images (H, W) in [0, 1]; `limits` as for `registration.align`."""
-    alternatives = align(vis, ir, **limits)[:_ALTERNATIVES]
+def register(matcher: PatchMatcher, vis: Image, ir: Image, limits: Limits) -> Registration:
+    """`Matcher.register` on grey images (H, W) in [0, 1]."""
+    alternatives = align(vis, ir, limits)[:_ALTERNATIVES]
     judged = [judge(matcher, vis, ir, alignment) for alignment in alternatives]
     if not any(r.verdict == "registered" for r in judged):
         # Costs as much again, and is seldom needed.
-        found = align_by_matches(matcher, vis, ir, **limits)
+        found = align_by_matches(matcher, vis, ir, limits)
         if found is not None:
             judged.append(judge(matcher, vis, ir, found))
     return max(judged, key=lambda r: r.confidence) if judged else _nothing_found(vis, ir)
 
 
 def judge(matcher: PatchMatcher, vis: Image, ir: Image, alignment: Alignment) -> Registration:
-    """Lets the network look at patches that an alignment lays on each other."""
+    """Lets the network compare patches that an alignment places at the same spot."""
     size = matcher.config.patch_size
     height, width = vis.shape
     moved = warp_image(ir, alignment.transform, (width, height), interpolation="linear")
@@ -158,8 +168,11 @@ def _nothing_found(vis: Image, ir: Image) -> Registration:
 
 def check(matcher: PatchMatcher, vis: Image, ir: Image, *, max_displacement: float) -> RegistrationCheck:
     """`Matcher.check` on grey images (H, W) in [0, 1]."""
-    if not 1 <= max_displacement <= 64:
-        raise KGLMatchError(f"max_displacement must be in [1, 64] pixels, got {max_displacement}")
+    least, most = CHECK_DISPLACEMENTS
+    if not least <= max_displacement <= most:
+        raise KGLMatchError(
+            f"max_displacement must be in [{least:g}, {most:g}] pixels, got {max_displacement}"
+        )
     if vis.shape != ir.shape:
         sizes = " and ".join(f"{image.shape[1]} x {image.shape[0]}" for image in (vis, ir))
         raise ImageError(f"check needs images of one size, got {sizes}; register takes any two")
@@ -203,38 +216,46 @@ def register_stack(
     matcher: PatchMatcher,
     reference: Image,
     bands: Sequence[Image],
+    limits: Limits,
     *,
     names: Sequence[str] | None = None,
-    **limits: Any,
 ) -> list[BandRegistration]:
     """`Matcher.register_stack` on grey images (H, W) in [0, 1]."""
     names = [str(i) for i in range(len(bands))] if names is None else list(names)
     if len(names) != len(bands):
         raise KGLMatchError(f"got {len(bands)} bands but {len(names)} names")
-    direct = [register(matcher, reference, band, **limits) for band in bands]
-    sure = [i for i in np.argsort([-r.confidence for r in direct]) if direct[i].verdict == "registered"]
+    direct = [register(matcher, reference, band, limits) for band in bands]
+    ranked = np.argsort([-found.confidence for found in direct])
+    anchors = [int(i) for i in ranked if direct[i].verdict == "registered"]
     results = []
-    for i, (name, found) in enumerate(zip(names, direct, strict=True)):
-        result = BandRegistration(name, found)
-        if found.verdict != "registered":
-            for j in sure:
-                onward = register(matcher, bands[j], bands[i], **limits)
-                if onward.verdict == "registered":
-                    result = BandRegistration(name, _through(direct[j], onward), names[j])
-                    break
-        results.append(result)
+    for name, band, own in zip(names, bands, direct, strict=True):
+        best, via = own, None
+        for j in anchors if own.verdict != "registered" else ():
+            onward = register(matcher, bands[j], band, limits)
+            if onward.verdict != "registered":
+                continue
+            found = _judge_through(matcher, reference, band, _through(direct[j], onward), limits.kind)
+            if best.verdict == "failed" or found.confidence > best.confidence:
+                best, via = found, names[j]
+            if best.verdict == "registered":
+                break
+        results.append(BandRegistration(name, best, via))
     return results
 
 
 def _through(first: Registration, second: Registration) -> Registration:
-    """The registration from the first's visible image to the second's ir image."""
+    """The registration from the first's visible image to the second's ir image.
+
+    It holds where both hold: its confidence is their product, and the verdict follows from that.
+    """
     if first.transform is None or second.transform is None:
         raise KGLMatchError("a registration that failed cannot be composed")
     transform = second.transform @ first.transform
     back = transform_points(np.linalg.inv(first.transform), second.keypoints_vis)
+    both = first.confidence * second.confidence
     return Registration(
-        verdict="registered",
-        confidence=first.confidence * second.confidence,
+        verdict="registered" if both >= _REGISTERED_CONFIDENCE else "doubtful",
+        confidence=both,
         transform=transform / transform[2, 2],
         kind=max(first.kind or "affine", second.kind or "affine", key=TRANSFORMS.index),
         keypoints_vis=back.astype(np.float32),
@@ -248,3 +269,15 @@ def _through(first: Registration, second: Registration) -> Registration:
         vis_size=first.vis_size,
         ir_size=second.ir_size,
     )
+
+
+def _judge_through(
+    matcher: PatchMatcher, reference: Image, band: Image, composed: Registration, kind: str
+) -> Registration:
+    """A composed registration, or what it becomes between the two images where they speak for more."""
+    if composed.transform is None:
+        return composed
+    alignment = refine(reference, band, composed.transform, kind=kind, first_radius=_COMPOSED_RADIUS)
+    if alignment is None or not same_place(alignment.transform, composed.transform, reference.shape):
+        return composed
+    return max(composed, judge(matcher, reference, band, alignment), key=lambda r: r.confidence)

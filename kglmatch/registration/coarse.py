@@ -1,0 +1,126 @@
+"""Starts of a refinement: whole images correlated over a grid of rotations and scales, all shifts at once."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kglmatch.geometry import similarity_about
+from kglmatch.registration.limits import SAME_SCALE, Limits, nominal_scales
+from kglmatch.registration.structure import GlobalCorrelator, structure_maps, without_edge
+from kglmatch.resampling import resample, resize_between, shrink, shrinking
+
+Image = NDArray[np.float32]
+Matrix = NDArray[np.float64]
+Tried = tuple[float, float, float]  # evidence, rotation in degrees, log scale
+
+_SIDE, _LEAST_SIDE = 160, 32  # pixels of the longer side, and what the shorter one keeps
+_ROTATION = 3.0  # degrees between hypotheses
+_SCALE = SAME_SCALE  # of log scale, between hypotheses
+_OVERLAP = 0.35  # of the visible image
+_HYPOTHESES = 3
+_HALVINGS = 3  # of the grid's steps around each hypothesis
+
+
+def search(vis: Image, ir: Image, limits: Limits) -> list[Matrix]:
+    """The best supported similarities of a grid over rotation and scale.
+
+    Args:
+        vis, ir: (H, W) float32 grey; sizes may differ.
+        limits: what is searched.
+
+    Returns:
+        (3, 3) each, from visible to ir pixels, at most three, the best supported first.
+    """
+    scales = [float(np.log(scale)) for scale in nominal_scales(vis, ir)]
+    correlation = _Correlation(vis, ir, scales, limits.max_displacement)
+    rotations = _steps(limits.max_rotation, _ROTATION)
+    steps = _steps(float(np.log(limits.max_scale)), _SCALE)
+    log_scales = sorted({nominal + step for nominal in scales for step in steps})
+    grid = sorted(((correlation.evidence(r, s), r, s) for r in rotations for s in log_scales), reverse=True)
+    turn = _ROTATION if len(rotations) > 1 else 0.0
+    found = [_climb(correlation, start, turn) for start in _apart(grid)]
+    return [correlation.transform(r, s) for _, r, s in sorted(found, key=lambda tried: -tried[0])]
+
+
+class _Correlation:
+    """How well two whole images agree for a rotation and scale, at the best shift; nothing is tried twice.
+
+    Args:
+        vis, ir: (H, W).
+        nominal: log scales that the images may have; the ir image is shrunk for each.
+        max_displacement: pixels of the visible image, or None.
+    """
+
+    def __init__(self, vis: Image, ir: Image, nominal: list[float], max_displacement: float | None) -> None:
+        factor = shrinking(vis, _SIDE, _LEAST_SIDE)
+        small = shrink(vis, factor)
+        self._ir = ir
+        self._nominal = nominal
+        self._size = small.shape[1], small.shape[0]
+        self._to_small_vis = resize_between(vis, small)
+        self._correlator = GlobalCorrelator(without_edge(structure_maps(small, even=False)))
+        # In each case the other image is shrunk to pixels as large as the visible one's.
+        self._small_irs = {n: shrink(ir, factor / float(np.exp(n))) for n in nominal}
+        self._max_shift = None if max_displacement is None else max(1.0, max_displacement * factor)
+        self._tried: dict[tuple[float, float], tuple[float, Matrix]] = {}
+
+    def evidence(self, rotation: float, log_scale: float) -> float:
+        """How clearly the images agree; minus infinity where no shift is allowed."""
+        return self._try(rotation, log_scale)[0]
+
+    def transform(self, rotation: float, log_scale: float) -> Matrix:
+        """(3, 3) from visible to ir pixels, with the best shift."""
+        transform = self._try(rotation, log_scale)[1]
+        return transform / transform[2, 2]
+
+    def _try(self, rotation: float, log_scale: float) -> tuple[float, Matrix]:
+        key = round(rotation, 4), round(log_scale, 5)
+        if key not in self._tried:
+            self._tried[key] = self._correlate(rotation, log_scale)
+        return self._tried[key]
+
+    def _correlate(self, rotation: float, log_scale: float) -> tuple[float, Matrix]:
+        small_ir = self._small_irs[min(self._nominal, key=lambda n: abs(n - log_scale))]
+        to_small_ir = resize_between(self._ir, small_ir)
+        centre_vis = (self._size[0] - 1) / 2, (self._size[1] - 1) / 2
+        centre_ir = (small_ir.shape[1] - 1) / 2, (small_ir.shape[0] - 1) / 2
+        scale = float(np.exp(log_scale)) * to_small_ir[0, 0] / self._to_small_vis[0, 0]
+        turn = similarity_about(rotation, scale, centre_vis, centre_ir)
+        moved, mask = resample(small_ir, turn, self._size, edge=2)
+        found, dx, dy = self._correlator.best_shift(
+            structure_maps(moved, even=False) * mask, mask, min_overlap=_OVERLAP, max_shift=self._max_shift
+        )
+        shift = np.array([[1.0, 0, dx], [0, 1, dy], [0, 0, 1]])
+        return found, np.linalg.inv(to_small_ir) @ turn @ shift @ self._to_small_vis
+
+
+def _apart(grid: list[Tried]) -> list[Tried]:
+    """The best few of a sorted grid that are no neighbours of each other."""
+    kept: list[Tried] = []
+    for item in grid:
+        apart = all(
+            abs(item[1] - other[1]) > _ROTATION * 1.01 or abs(item[2] - other[2]) > _SCALE * 1.01
+            for other in kept
+        )
+        if apart and np.isfinite(item[0]):
+            kept.append(item)
+        if len(kept) == _HYPOTHESES:
+            break
+    return kept
+
+
+def _climb(correlation: _Correlation, start: Tried, turn: float) -> Tried:
+    """The best hypothesis around one of the grid, by steps that are halved; `turn` 0 keeps the rotation."""
+    best, zoom = start, _SCALE
+    for _ in range(_HALVINGS):
+        turn, zoom = turn / 2, zoom / 2
+        around = [(best[1] + i * turn, best[2] + j * zoom) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+        best = max((correlation.evidence(r, s), r, s) for r, s in around)
+    return best
+
+
+def _steps(limit: float, step: float) -> list[float]:
+    """-limit .. limit in about equal steps, 0 included."""
+    count = int(np.ceil(limit / step))
+    return [0.0] if count == 0 else [float(x) for x in np.linspace(-limit, limit, 2 * count + 1)]
