@@ -11,8 +11,8 @@ Errors are the mean distance in pixels of the visible image's corners from their
 pairs are warped by seeded transforms: "homography" is up to 15 degrees, 20 % scale, 10 % shift and a slight
 perspective, "shift" up to 40 pixels and 5 degrees.
 
-The images of public sets are some pixels apart before they are warped, and a method that is right is off
-by that. `--repeat` also registers each pair without the warp, and takes what the same method finds there
+The images of public sets are misaligned by some pixels before they are warped, and a method that is right is
+off by that. `--repeat` also registers each pair without the warp, and takes what the same method finds there
 into account: whatever is wrong with the set falls out.
 """
 

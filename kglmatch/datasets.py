@@ -6,20 +6,22 @@ are cut when they are needed. `PatchPairs` are labelled patches, what an evaluat
 The protocol, by which image pairs become patch pairs, follows Aguilera et al. (Learning cross-spectral
 similarity measures with deep convolutional neural networks, CVPR workshops 2016). It is fixed:
 
-1. Both images become 8-bit grey (`kglmatch.images.load_image`). An image that an affine warps is laid
-   back onto the visible one by `cv2.warpAffine`, bicubic; a pixel whose interpolation reads anything
-   outside the image is not valid.
+1. Both images become 8-bit grey (`kglmatch.images.load_image`). An image with an affine is warped onto
+   the visible one by `cv2.warpAffine`, bicubic; a pixel whose interpolation reads anything outside the
+   image is not valid.
 2. Keypoints: `cv2.SIFT_create()`, OpenCV's own settings, on the visible image. Sorted by falling
    response, then y, then x; positions rounded to whole pixels; of equal positions the first stays.
-3. A point (x, y) stays if its patch, rows y - 32 to y + 31 and columns x - 32 to x + 31, lies wholly
+3. A point (x, y) stays if its patch, rows y - 32 to y + 31 and columns x - 32 to x + 31, is wholly
    inside the visible image and holds valid pixels alone. Of these the first 1,500 are an image's points.
-4. The images of a folder, in the order of their names, are one subset. `max_pairs` draws so many of its
-   points at random, without repeats.
+4. The images of a folder, in the order of their names, are one subset. `max_pairs` limits the number of
+   its points, which are drawn at random, without repeats.
 5. Each point gives one matching pair (its patch in both images) and one non-matching pair: its visible
    patch with the other image's patch at a random other point of the subset (of those drawn), in
    another image, or in the same one at least `MIN_NEGATIVE_DISTANCE` pixels away.
 6. All draws come from `numpy.random.RandomState(seed)`, whose stream numpy has frozen, each subset
-   beginning anew. Nothing depends on the number of threads or on the order of a folder's listing.
+   starting anew. Nothing depends on the number of threads or on the order of a folder's listing.
+
+More non-matching pairs a point (`negatives`) make the figures finer and leave the protocol's pairs in place.
 """
 
 from __future__ import annotations
@@ -36,19 +38,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kglmatch.errors import DataError
-from kglmatch.options import PATCH_SIZE
+from kglmatch.options import DEFAULT_NEGATIVES, PATCH_SIZE
 
 MAX_POINTS = 1500
 MIN_NEGATIVE_DISTANCE = 8.0
+# Grey levels. Chosen by eye on the training images of thermal streets at night: below, patches show the
+# sensor's noise and the compression's blocks; from here to 4 the first outlines can be recognised.
+LEAST_CONTRAST = 3.0
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"}
 # Names of the two folders of a set, in any case; the order of the modalities is never guessed.
 _VIS_FOLDERS = {"vis", "visible", "rgb", "optical"}
 _IR_FOLDERS = {"ir", "infrared", "nir", "lwir", "thermal", "sar"}
 _LAYOUTS = (
-    "NAME_rgb.* beside NAME_nir.*, or two folders of equally named files "
-    f"({', '.join(sorted(_VIS_FOLDERS))} beside {', '.join(sorted(_IR_FOLDERS))})"
+    "NAME_rgb.* with NAME_nir.*, or two folders of equally named files "
+    f"({', '.join(sorted(_VIS_FOLDERS))} with {', '.join(sorted(_IR_FOLDERS))})"
 )
+_CHUNK = 4096  # patches in work at once
 _READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, TypeError, NotImplementedError)
 _CSV_COLUMNS = ("type", "rgb", "rgb_x", "rgb_y", "nir", "nir_x", "nir_y")
 _CSV_LABELS = {"positive": True, "1": True, "negative": False, "0": False}
@@ -58,7 +64,7 @@ cv2_any: Any = cv2  # OpenCV's type stubs lack the detectors
 
 @dataclass(frozen=True)
 class ImagePair:
-    """Two image files of one scene, and how they lie on each other.
+    """Two image files of one scene, and how they are aligned.
 
     Attributes:
         name: of the scene.
@@ -112,6 +118,14 @@ class ScenePairs:
             out[i] = image[y - half : y + half, x - half : x + half]
         return out
 
+    def contrast(self) -> NDArray[np.float64]:
+        """`contrast` of each point's second patch (N,), in bounded memory."""
+        parts = [
+            contrast(self.patches(np.arange(i, min(i + _CHUNK, len(self))), "ir"))
+            for i in range(0, len(self), _CHUNK)
+        ]
+        return np.concatenate(parts) if parts else np.empty(0)
+
 
 @dataclass(frozen=True, eq=False)
 class PatchPairs:
@@ -121,12 +135,14 @@ class PatchPairs:
         name: of the subset, for the report.
         vis, ir: (N, P, P) uint8.
         labels: (N,) bool, true for matching pairs.
+        images: (N,) str, name of the image that each visible patch is from; None where a file does not say.
     """
 
     name: str
     vis: NDArray[np.uint8]
     ir: NDArray[np.uint8]
     labels: NDArray[np.bool_] = field(repr=False)
+    images: NDArray[np.str_] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.vis.shape != self.ir.shape or self.vis.ndim != 3:
@@ -135,9 +151,26 @@ class PatchPairs:
             )
         if self.labels.shape != (len(self.vis),):
             raise DataError(f"{self.name}: labels must be ({len(self.vis)},), got {self.labels.shape}")
+        if self.images is not None and self.images.shape != self.labels.shape:
+            raise DataError(f"{self.name}: images must be ({len(self.vis)},), got {self.images.shape}")
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def contrast(patches: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """How much patches show: the standard deviation of their grey levels, noise of one pixel blurred away.
+
+    Args:
+        patches: (N, P, P) uint8.
+
+    Returns:
+        (N,) grey levels. Below `LEAST_CONTRAST` a patch is flat, saturated, or noise.
+    """
+    out = np.empty(len(patches))
+    for i, patch in enumerate(patches):
+        out[i] = cv2.GaussianBlur(patch.astype(np.float32), (0, 0), 1.0).std()
+    return out
 
 
 # --- folders of registered images -------------------------------------------------------------
@@ -146,7 +179,7 @@ class PatchPairs:
 def find_image_pairs(folder: str | Path) -> list[ImagePair]:
     """Image pairs of a folder, in the order of their names.
 
-    Two layouts are known: `NAME_rgb.*` beside `NAME_nir.*` (with an optional `NAME_nir.npy`, the
+    Two layouts are known: `NAME_rgb.*` with `NAME_nir.*` (and an optional `NAME_nir.npy`, the
     2 x 3 affine from visible to NIR pixels), and two folders whose files have the same names, the one
     called vis, visible, rgb or optical, the other ir, infrared, nir, lwir, thermal or sar.
 
@@ -222,7 +255,7 @@ def _suffix_pairs(folder: Path) -> list[ImagePair]:
             continue
         other = f"{name}_{'nir' if kind == 'rgb' else 'rgb'}"
         if other not in images:
-            raise DataError(f"{path} has no partner {other}.* beside it; add it or remove this one")
+            raise DataError(f"{path} has no partner {other}.* in the same folder; add it or remove this one")
         if kind == "rgb":
             affine = folder / f"{name}_nir.npy"
             pairs.append(
@@ -267,7 +300,7 @@ def _read_grey(path: Path) -> NDArray[np.uint8]:
 
 
 def load_scene(pair: ImagePair) -> Scene:
-    """Reads a pair and lays the second image onto the first by its affine, if it has one.
+    """Reads a pair and warps the second image onto the first by its affine, if it has one.
 
     Raises:
         ImageError: a file cannot be read.
@@ -349,29 +382,43 @@ def load_scene_pairs(
 
 
 def sample_patch_pairs(
-    pairs: ScenePairs, *, name: str = "scenes", max_pairs: int | None = None, seed: int = 0
+    pairs: ScenePairs,
+    *,
+    name: str = "scenes",
+    max_pairs: int | None = None,
+    negatives: int = DEFAULT_NEGATIVES,
+    seed: int = 0,
 ) -> PatchPairs:
-    """Labelled patches by the protocol above: for each point one matching and one other pair.
+    """Labelled patches by the protocol above: for each point one matching pair and others.
 
     Args:
-        max_pairs: at most so many matching (and as many non-matching) pairs, drawn at random.
+        max_pairs: the largest number of points, drawn at random.
+        negatives: non-matching pairs a point; 1 is the protocol's. The patches of one point take
+            8 KiB a pair.
         seed: of every draw; one seed gives one set on every machine.
 
     Returns:
-        `PatchPairs`, matching (rows 0, 2, ...) and non-matching (rows 1, 3, ...) in turn.
+        `PatchPairs`: of each point the matching pair, then its non-matching ones.
 
     Raises:
         DataError: a point without a place far enough away to be its non-matching partner.
     """
-    _check_max_pairs(max_pairs)
+    _check_counts(max_pairs, negatives)
     random = np.random.RandomState(seed)
     rows = np.arange(len(pairs))
     if max_pairs is not None and max_pairs < len(rows):
         rows = np.sort(random.permutation(len(rows))[:max_pairs])
-    partners = rows[draw_partners(pairs.points[rows], pairs.scene_index[rows], random, name)]
-    vis = np.repeat(pairs.patches(rows, "vis"), 2, axis=0)
-    ir = pairs.patches(np.stack([rows, partners], axis=1).ravel(), "ir")
-    return PatchPairs(name, vis, ir, np.tile([True, False], len(rows)))
+    points, scene = pairs.points[rows], pairs.scene_index[rows]
+    partners = [rows[draw_partners(points, scene, random, name)] for _ in range(negatives)]
+    each = 1 + negatives
+    names = np.array([scene.name for scene in pairs.scenes], np.str_)
+    return PatchPairs(
+        name,
+        np.repeat(pairs.patches(rows, "vis"), each, axis=0),
+        pairs.patches(np.stack([rows, *partners], axis=1).ravel(), "ir"),
+        np.tile([True] + [False] * negatives, len(rows)),
+        np.repeat(names[scene], each),
+    )
 
 
 def draw_partners(
@@ -420,7 +467,7 @@ def load_sos_patches(path: str | Path, *, max_pairs: int | None = None, seed: in
     from the file before they are used.
 
     Args:
-        max_pairs: at most so many matching and so many non-matching pairs, drawn at random.
+        max_pairs: the largest number of matching and of non-matching pairs, drawn at random.
         seed: of the draw.
 
     Raises:
@@ -458,8 +505,9 @@ def load_sos_patches(path: str | Path, *, max_pairs: int | None = None, seed: in
 def load_patch_npz(path: str | Path, *, max_pairs: int | None = None, seed: int = 0) -> PatchPairs:
     """Reads our own `.npz`: `vis` and `ir` (N, 64, 64) or (N, 1, 64, 64) patches and `labels` (N,).
 
-    Patches are uint8, or numbers in [0, 255], or floats in [0, 1]; labels are 0 or 1. `max_pairs`
-    and `seed` as in `load_sos_patches`.
+    Patches are uint8, or numbers in [0, 255], or floats in [0, 1]; labels are 0 or 1. `images` (N,),
+    names or numbers of the images that the visible patches are from, may be there too. `max_pairs` and
+    `seed` as in `load_sos_patches`.
 
     Raises:
         DataError: missing, damaged, or with arrays that are not these.
@@ -470,6 +518,7 @@ def load_patch_npz(path: str | Path, *, max_pairs: int | None = None, seed: int 
             missing = sorted({"vis", "ir", "labels"} - set(file.files))
             held = sorted(file.files)
             vis, ir, labels = (None, None, None) if missing else (file["vis"], file["ir"], file["labels"])
+            images = file["images"].astype(np.str_) if "images" in file.files else None
     except (*_READ_ERRORS, AttributeError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     if vis is None or ir is None or labels is None:
@@ -478,11 +527,13 @@ def load_patch_npz(path: str | Path, *, max_pairs: int | None = None, seed: int 
         raise DataError(f"{path}: labels must be 0 (non-matching) or 1 (matching)")
     vis, ir = (a[:, 0] if a.ndim == 4 and a.shape[1] == 1 else a for a in (vis, ir))
     factors = _factor_to_8_bit(vis, path), _factor_to_8_bit(ir, path)
-    pairs = PatchPairs(path.stem, _to_8_bit(vis, factors[0]), _to_8_bit(ir, factors[1]), labels.astype(bool))
+    sides = _to_8_bit(vis, factors[0]), _to_8_bit(ir, factors[1])
+    pairs = PatchPairs(path.stem, *sides, labels.astype(bool), images)
     rows = _draw(pairs.labels, max_pairs, seed)
-    return (
-        pairs if rows is None else PatchPairs(pairs.name, pairs.vis[rows], pairs.ir[rows], pairs.labels[rows])
-    )
+    if rows is None:
+        return pairs
+    drawn = None if pairs.images is None else pairs.images[rows]
+    return PatchPairs(pairs.name, pairs.vis[rows], pairs.ir[rows], pairs.labels[rows], drawn)
 
 
 def save_patch_npz(path: str | Path, pairs: PatchPairs) -> None:
@@ -490,7 +541,10 @@ def save_patch_npz(path: str | Path, pairs: PatchPairs) -> None:
     from kglmatch.files import atomic_output
 
     with atomic_output(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, vis=pairs.vis, ir=pairs.ir, labels=pairs.labels)
+        arrays: dict[str, Any] = {"vis": pairs.vis, "ir": pairs.ir, "labels": pairs.labels}
+        if pairs.images is not None:
+            arrays["images"] = pairs.images
+        np.savez_compressed(file, **arrays)
 
 
 def load_csv_patches(
@@ -504,7 +558,7 @@ def load_csv_patches(
     Args:
         path: the csv; `type` is "positive" or 1 for matching pairs, "negative" or 0 for others.
         images: folder that the image names in it refer to; an image may have another ending there.
-            None looks beside the csv: in the folder of its name, in its own, and in that one's
+            None looks near the csv: in the folder of its name, in its own, and in that one's
             neighbour of the csv's name.
         max_pairs, seed: as in `load_sos_patches`.
 
@@ -540,7 +594,8 @@ def load_csv_patches(
                 raise DataError(f"{path}, line {line}: the patch at ({x}, {y}) is not wholly inside {stem}")
             patches[i] = patch
         sides.append(patches)
-    return PatchPairs(path.stem, sides[0], sides[1], labels[chosen])
+    names = np.array([Path(rows[i]["rgb"]).stem for i in chosen], np.str_)
+    return PatchPairs(path.stem, sides[0], sides[1], labels[chosen], names)
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
@@ -576,14 +631,16 @@ def _csv_images(path: Path, first: str, images: str | Path | None) -> Path:
     raise DataError(f"{path}: no image {first} in {', '.join(map(str, folders))}; put the images into one")
 
 
-def _check_max_pairs(max_pairs: int | None) -> None:
+def _check_counts(max_pairs: int | None, negatives: int = DEFAULT_NEGATIVES) -> None:
     if max_pairs is not None and max_pairs < 1:
         raise DataError(f"max_pairs must be at least 1, or None for all, got {max_pairs}")
+    if negatives < 1:
+        raise DataError(f"negatives must be at least 1, got {negatives}")
 
 
 def _draw(labels: NDArray[np.bool_], max_pairs: int | None, seed: int) -> NDArray[np.int64] | None:
     """Rows, rising, of at most `max_pairs` pairs of either label; None if that is all of them."""
-    _check_max_pairs(max_pairs)
+    _check_counts(max_pairs)
     if max_pairs is None or max(labels.sum(), (~labels).sum()) <= max_pairs:
         return None
     random = np.random.RandomState(seed)
@@ -630,11 +687,20 @@ class PatchSource:
     path: Path
     pairs: tuple[ImagePair, ...] = ()
 
-    def load(self, *, max_pairs: int | None = None, seed: int = 0) -> PatchPairs:
-        """Reads the subset. Errors as those of the readers of this module."""
+    def load(
+        self, *, max_pairs: int | None = None, negatives: int = DEFAULT_NEGATIVES, seed: int = 0
+    ) -> PatchPairs:
+        """Reads the subset. `negatives` are non-matching pairs a point; files hold their own.
+
+        Errors are those of the readers of this module.
+        """
         if self.pairs:
             return sample_patch_pairs(
-                load_scene_pairs(self.pairs), name=self.name, max_pairs=max_pairs, seed=seed
+                load_scene_pairs(self.pairs),
+                name=self.name,
+                max_pairs=max_pairs,
+                negatives=negatives,
+                seed=seed,
             )
         if self.path.suffix == ".csv":
             return load_csv_patches(self.path, max_pairs=max_pairs, seed=seed)
@@ -686,7 +752,7 @@ def _file_source(path: Path) -> PatchSource:
     if path.name.endswith("_sos.npy"):
         info = path.with_name(path.name.replace("_sos.npy", "_info.txt"))
         if not info.is_file():
-            raise DataError(f"{path} lacks its list of ids, {info.name}, beside it")
+            raise DataError(f"{path} lacks its list of ids, {info.name}, in the same folder")
         return PatchSource(path.name.removesuffix("_sos.npy"), path)
     if path.suffix in (".npz", ".csv"):
         return PatchSource(path.stem, path)
@@ -700,7 +766,7 @@ def load_patch_sets(
 
     Args:
         source: see `find_patch_sources`.
-        max_pairs: at most so many matching and so many non-matching pairs a subset, drawn at random.
+        max_pairs: the largest number of matching and of non-matching pairs a subset, drawn at random.
         seed: of every draw.
 
     Raises:

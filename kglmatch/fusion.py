@@ -70,7 +70,7 @@ def _logistic(inputs: NDArray[np.float64], labels: ArrayLike) -> tuple[NDArray[n
     """Logistic regression, in which matching and non-matching pairs weigh the same.
 
     On standardised inputs, by Newton's method; a small ridge (1e-3 of a pair) keeps the answer finite
-    where the two classes can be told apart without a mistake.
+    where the two classes can be separated without a mistake.
 
     Args:
         inputs: (N, K).

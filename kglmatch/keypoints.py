@@ -10,8 +10,7 @@ import numpy as np
 
 from kglmatch.errors import ImageError, KeypointError
 from kglmatch.geometry import parabola_vertex
-
-DETECTORS = ("sift", "fast", "orb", "gftt", "structure", "grid")
+from kglmatch.options import DETECTORS
 
 # OpenCV's type stubs lack the detectors, and know no None for corners.
 cv2_any: Any = cv2

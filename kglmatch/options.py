@@ -12,6 +12,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 # What a match is decided by: both answers together, the metric head, or the descriptors.
 DECISIONS = ("fused", "metric", "descriptor")
 
+# What finds keypoints, see `kglmatch.keypoints.detect_keypoints`.
+DETECTORS = ("sift", "fast", "orb", "gftt", "structure", "grid")
+
 PATCH_SIZE = 64  # pixels, side of the patches that the bundled models take
 
 DEFAULT_MODEL = "kglnet-vis-nir"
@@ -33,3 +36,10 @@ CHECK_DISPLACEMENTS = (1.0, 64.0)  # that may be asked for
 # The bands of a rig are mounted side by side.
 DEFAULT_BAND_ROTATION = 5.0
 DEFAULT_BAND_SCALE = 1.1
+
+# What `kglmatch eval` measures alongside a model, see `kglmatch.evaluation.baselines`.
+PATCH_BASELINES = ("sift", "gradient", "xfeat", "ncc", "nmi")
+DEFAULT_PATCH_BASELINES = ("sift",)
+REGISTRATION_BASELINES = ("sift", "orb", "xfeat")
+DEFAULT_REGISTRATION_BASELINES = ("sift", "orb")
+DEFAULT_NEGATIVES = 1  # non-matching pairs a point, as in the protocol of `kglmatch.datasets`

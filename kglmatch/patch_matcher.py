@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kglmatch.backends.base import Backend
 from kglmatch.dense import check_dense, find_places
-from kglmatch.errors import ImageError, KGLMatchError, PatchError
+from kglmatch.errors import ConfigError, ImageError, KGLMatchError, PatchError
 from kglmatch.features import (
     Array,
     Features,
@@ -168,8 +168,7 @@ class PatchMatcher:
                 keypoints are at most this far apart are candidates. Needs keypoints.
             decide: "fused", by both answers together (`kglmatch.fusion`, at no extra cost); "metric",
                 by the metric head; or "descriptor", by the descriptors alone (no maps needed; the
-                score is then ``1 - distance / 2``). None takes "fused" where the model carries a
-                fusion, else "metric".
+                score is then ``1 - distance / 2``). None takes the model's default, see `decision`.
 
         Returns:
             `Matches`, best first; empty if nothing matches.
@@ -179,7 +178,7 @@ class PatchMatcher:
                 another model.
             PatchError: patches of the wrong shape, type or values.
         """
-        decide = self._decision(decide)
+        decide = self.decision(decide)
         check_match_parameters(top_k, min_score, max_displacement)
         maps = decide != "descriptor"
         self._check_sides(vis, ir, maps=maps, keypoints=max_displacement is not None)
@@ -342,7 +341,7 @@ class PatchMatcher:
         Raises:
             ImageError, KGLMatchError: as for `extract` and `match`, before the network runs.
         """
-        decide = self._decision(decide)
+        decide = self.decision(decide)
         check_match_parameters(top_k, min_score, max_displacement, threshold)
         maps = decide != "descriptor"
         for source, modality in ((vis, "vis"), (ir, "ir")):
@@ -376,6 +375,34 @@ class PatchMatcher:
         return dataclasses.replace(matches, homography=homography, inliers=inliers)
 
     # --- how ----------------------------------------------------------------------------------
+
+    def decision(self, decide: str | None = None) -> str:
+        """What decides: `decide` itself if it is given, else what the model's configuration names.
+
+        Args:
+            decide: one of `kglmatch.options.DECISIONS`, or None for the model's default:
+                ``config.inference["decide"]``, which was chosen on validation data; without it "fused"
+                where the model carries a fusion, else "metric".
+
+        Raises:
+            KGLMatchError: an unknown decision, or "fused" for a model without a fusion.
+            ConfigError: the configuration names a decision that is not known or not possible.
+        """
+        inference = self.config.inference
+        carries_fusion = inference.get("fusion") is not None
+        if decide is None:
+            decide = inference.get("decide", "fused" if carries_fusion else "metric")
+            if decide not in DECISIONS or (decide == "fused" and not carries_fusion):
+                possible = [name for name in DECISIONS if name != "fused" or carries_fusion]
+                raise ConfigError(
+                    f"the model's inference.decide must be one of {', '.join(possible)}, got {decide!r}"
+                )
+            return decide
+        if decide not in DECISIONS:
+            raise KGLMatchError(f"decide must be one of {DECISIONS}, got {decide!r}")
+        if decide == "fused" and not carries_fusion:
+            raise KGLMatchError('this model carries no fusion: decide by "metric" or "descriptor"')
+        return decide
 
     def load(self, image: Any, name: str = "the image") -> NDArray[np.float32]:
         """An image as for `extract`, (H, W) float32 grey in [0, 1].
@@ -476,17 +503,6 @@ class PatchMatcher:
             keep = keep_top_k(rows_vis, cosine, top_k) | keep_top_k(rows_ir, cosine, top_k)
             rows_vis, rows_ir, cosine = rows_vis[keep], rows_ir[keep], cosine[keep]
         return rows_vis, rows_ir, cosine
-
-    def _decision(self, decide: str | None) -> str:
-        """What decides, with the model's default filled in."""
-        fusion = self.config.inference.get("fusion")
-        if decide is None:
-            return "metric" if fusion is None else "fused"
-        if decide not in DECISIONS:
-            raise KGLMatchError(f"decide must be one of {DECISIONS}, got {decide!r}")
-        if decide == "fused" and fusion is None:
-            raise KGLMatchError('this model carries no fusion: decide by "metric" or "descriptor"')
-        return decide
 
     def _decide(
         self,

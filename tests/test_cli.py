@@ -84,6 +84,12 @@ def test_choices_and_defaults_are_those_of_the_library():
     )
     assert match_command.DETECTORS == DETECTORS and match_command.DECISIONS == DECISIONS
     assert tuple(DTYPES) == common.DTYPES
+    # What the options name is what there is.
+    from kglmatch.evaluation import baselines
+    from kglmatch.options import PATCH_BASELINES, REGISTRATION_BASELINES
+
+    assert set(PATCH_BASELINES) == {*baselines._DESCRIPTORS, *baselines._SIMILARITIES}
+    assert set(REGISTRATION_BASELINES) == set(baselines._REGISTRATIONS)
 
 
 def test_a_reader_that_goes_away_is_no_error():

@@ -56,6 +56,13 @@ def digest(pairs: PatchPairs) -> str:
     return hashlib.sha256(pairs.vis.tobytes() + pairs.ir.tobytes() + pairs.labels.tobytes()).hexdigest()
 
 
+def protocol_digest(pairs: PatchPairs) -> str:
+    """Of the patches in the protocol's order: the matching pair of each point, then its first other."""
+    each = len(pairs) // int(pairs.labels.sum())
+    rows = np.sort(np.concatenate([np.arange(0, len(pairs), each), np.arange(1, len(pairs), each)]))
+    return digest(PatchPairs(pairs.name, pairs.vis[rows], pairs.ir[rows], pairs.labels[rows]))
+
+
 # --- finding image pairs ------------------------------------------------------------------------
 
 
@@ -200,6 +207,69 @@ def test_each_point_gives_one_matching_and_one_other_pair(tmp_path: Path) -> Non
     assert (pairs.vis[1::2] != 255 - pairs.ir[1::2]).any(axis=(1, 2)).all()
     x, y = scenes.points[0]
     np.testing.assert_array_equal(pairs.vis[0], scenes.scenes[0].vis[y - 32 : y + 32, x - 32 : x + 32])
+
+
+def test_more_negatives_leave_the_protocols_pairs_in_place(tmp_path: Path) -> None:
+    write_pair(tmp_path, "0", 7)
+    write_pair(tmp_path, "1", 8)
+    scenes = load_scene_pairs(tmp_path, max_points=30)
+    one, four = (sample_patch_pairs(scenes, max_pairs=20, negatives=n, seed=3) for n in (1, 4))
+    assert (len(one), len(four)) == (40, 100)
+    np.testing.assert_array_equal(four.labels, [True, False, False, False, False] * 20)
+    assert protocol_digest(four) == digest(one)
+    others = four.ir.reshape(20, 5, -1)[:, 1:]
+    assert len({patches.tobytes() for patches in others.reshape(80, -1)}) > 15
+    assert any((others[:, 0] != others[:, i]).any() for i in (1, 2, 3))
+    with pytest.raises(DataError, match="negatives"):
+        sample_patch_pairs(scenes, negatives=0)
+
+
+def test_pairs_know_their_images(tmp_path: Path) -> None:
+    write_pair(tmp_path, "b", 7)
+    write_pair(tmp_path, "a", 8)
+    scenes = load_scene_pairs(tmp_path, max_points=10)
+    pairs = sample_patch_pairs(scenes, negatives=2)
+    np.testing.assert_array_equal(pairs.images, np.repeat(["a", "b"], 30))
+    inside = scenes.scenes[1].vis.tobytes()
+    assert pairs.vis[pairs.images == "b"][0, 0].tobytes() in inside
+    save_patch_npz(tmp_path / "set.npz", pairs)
+    np.testing.assert_array_equal(load_patch_npz(tmp_path / "set.npz").images, pairs.images)
+    drawn = load_patch_npz(tmp_path / "set.npz", max_pairs=3)
+    rows = [next(i for i in range(60) if (pairs.vis[i] == patch).all()) for patch in drawn.vis]
+    np.testing.assert_array_equal(drawn.images, pairs.images[rows])
+    np.savez(tmp_path / "set.npz", vis=pairs.vis, ir=pairs.ir, labels=pairs.labels, images=np.arange(59))
+    with pytest.raises(DataError, match=r"images must be \(60,\)"):
+        load_patch_npz(tmp_path / "set.npz")
+
+
+def test_contrast_ignores_noise_and_finds_what_is_there() -> None:
+    random = np.random.default_rng(0)
+    flat, saturated, noise = np.full((64, 64), 90), np.full((64, 64), 255), random.normal(90, 6, (64, 64))
+    blocks = 90 + np.kron(random.normal(0, 1.5, (8, 8)), np.ones((8, 8)))  # as JPEG leaves them
+    scene = flat.copy()
+    scene[30:] += 10
+    patches = np.stack([flat, saturated, noise, blocks, scene]).round().astype(np.uint8)
+    found = datasets.contrast(patches)
+    assert found[:2].tolist() == [0, 0]
+    assert (found < datasets.LEAST_CONTRAST).tolist() == [True, True, True, True, False]
+    assert found[4] == pytest.approx(5, abs=0.3)
+    assert datasets.contrast(patches[:0]).shape == (0,)
+
+
+def test_contrast_of_scenes_is_that_of_their_second_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = texture(5)
+    scene = Scene("s", 255 - image // 2, image, np.ones(image.shape, bool))
+    scenes = load_points(scene, 9)
+    whole = scenes.contrast()
+    np.testing.assert_array_equal(whole, datasets.contrast(scenes.patches(np.arange(9), "ir")))
+    monkeypatch.setattr(datasets, "_CHUNK", 4)
+    np.testing.assert_array_equal(scenes.contrast(), whole)
+    assert load_points(scene, 0).contrast().shape == (0,)
+
+
+def load_points(scene: Scene, count: int) -> ScenePairs:
+    points = protocol_points(scene)[:count]
+    return ScenePairs((scene,), points, np.zeros(len(points), np.int64))
 
 
 def test_a_draw_is_seeded_and_its_partners_come_from_it(tmp_path: Path) -> None:
@@ -356,6 +426,7 @@ def test_csv_lists(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pairs.labels, [True, False])
     np.testing.assert_array_equal(pairs.vis[1], image[70 - 32 : 70 + 32, 60 - 32 : 60 + 32])
     np.testing.assert_array_equal(pairs.ir[1], 255 - image[128 - 32 : 160, 168 - 32 : 200])
+    assert pairs.images.tolist() == ["0000_rgb"] * 2
     # The list in a folder of lists, the images in a folder beside it or named.
     (tmp_path / "csv").mkdir()
     moved = (tmp_path / "water.csv").rename(tmp_path / "csv" / "water.csv")

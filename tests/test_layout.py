@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registration": SHARED | DATA | IMAGES | {"patch_matcher"},
     "matcher": SHARED | DATA | IMAGES | NETWORK | {"export", "onnx_cache", "patch_matcher", "registration"},
     "datasets": SHARED | DATA | IMAGES,
-    "evaluation": SHARED | DATA | IMAGES | {"datasets", "matcher"},
+    "evaluation": SHARED | DATA | IMAGES | {"datasets", "matcher", "models"},
     "visualize": SHARED | DATA | IMAGES | {"registration"},
     "interop": SHARED | DATA | IMAGES | {"matcher", "registration"},
     "training": SHARED | DATA | IMAGES | NETWORK | {"datasets", "evaluation"},

@@ -95,3 +95,53 @@ def test_bad_input(scores: list[float], labels: list[int], word: str) -> None:
 def test_bad_recall() -> None:
     with pytest.raises(DataError, match="recall"):
         metrics.fpr_at_recall([1, 2], [0, 1], recall=95)
+    with pytest.raises(DataError, match="recall"):
+        metrics.bootstrap_fpr([1, 2], [0, 1], [0, 1], recalls=[0.5, 1])
+    with pytest.raises(DataError, match="images"):
+        metrics.bootstrap_fpr([1, 2], [0, 1], [0])
+
+
+def images_of_pairs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    random = np.random.default_rng(3)
+    images = random.integers(0, 7, 400)
+    labels = random.random(400) < 0.4
+    return np.round(random.normal(size=400) + labels + 0.3 * images, 1), labels, images
+
+
+def test_a_bootstrap_is_the_measure_on_repeated_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, labels, images = images_of_pairs()
+    recalls = (0.95, 0.8, 0.5)
+    found = metrics.bootstrap_fpr(scores, labels, images, recalls, resamples=40, seed=5)
+    assert found is not None
+    draws = np.random.RandomState(5).multinomial(7, np.full(7, 1 / 7), 40)
+    for rates, draw in zip(found, draws, strict=True):
+        # The slow way: each image's pairs as often as it was drawn.
+        rows = np.concatenate([np.tile(np.flatnonzero(images == i), n) for i, n in enumerate(draw)])
+        expected = [metrics.fpr_at_recall(scores[rows], labels[rows], recall) for recall in recalls]
+        np.testing.assert_allclose(rates, expected, atol=1e-12)
+    monkeypatch.setattr(metrics, "_CHUNK", 1000)
+    again = metrics.bootstrap_fpr(scores, labels, images.astype(str), recalls, resamples=40, seed=5)
+    np.testing.assert_array_equal(found, again)
+
+
+def test_a_bootstrap_over_one_image_is_none_and_no_other_pairs_give_nan() -> None:
+    assert metrics.bootstrap_fpr([3, 2, 1], [1, 0, 0], [0, 0, 1]) is None
+    # All non-matching pairs are in one image: a resample without it has no rate.
+    found = metrics.bootstrap_fpr([3, 2, 1], [1, 1, 0], [0, 1, 1], resamples=200)
+    assert found is not None
+    assert set(found[~np.isnan(found)]) == {0}
+    assert 0 < np.isnan(found).mean() < 0.5
+
+
+def test_an_interval_over_images_is_wider_than_one_over_pairs() -> None:
+    # Scores of an image move together, so that its pairs are no independent evidence.
+    random = np.random.default_rng(4)
+    images, labels = np.repeat(np.arange(12), 100), np.arange(1200) % 2 == 0
+    scores = 2 * labels + random.normal(size=1200) + random.normal(size=12)[images]
+    over_images, over_pairs = (
+        metrics.bootstrap_fpr(scores, labels, groups) for groups in (images, np.arange(1200) // 2)
+    )
+    assert over_images is not None
+    assert over_pairs is not None
+    widths = [np.ptp(np.percentile(found, (2.5, 97.5))) for found in (over_images, over_pairs)]
+    assert widths[0] > 1.5 * widths[1]

