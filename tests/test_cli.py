@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import other_sensor, texture
+from thin_network import make_thin
 
 from kglmatch import Features, Matches, __version__
 from kglmatch.cli import COMMANDS, build_parser, main
@@ -35,6 +36,27 @@ def patches(count, seed=0):
     vis = np.stack([texture(64, 64, seed + i) for i in range(count)])
     ir = np.stack([other_sensor(patch) for patch in vis])
     return tuple(np.rint(side * 255).astype(np.uint8) for side in (vis, ir))
+
+
+@pytest.fixture
+def thin(tmp_path_factory, monkeypatch):
+    """A model folder of random weights and few channels, and a `Matcher` of it: both sensors see alike."""
+    import torch
+
+    from kglmatch import Matcher
+    from kglmatch.models.config import KGLNetConfig
+    from kglmatch.models.network import KGLNet
+    from kglmatch.models.pretrained import save_model
+
+    # The maps keep their size, which the backend and features know.
+    monkeypatch.setattr("kglmatch.models.network.BLOCK_CHANNELS", (4, 4, 8, 8, 8, 8, 8, 256))
+    torch.manual_seed(0)
+    config = KGLNetConfig(metric_trunk="descriptor", head_norm="none")
+    state = KGLNet(config).state_dict()
+    state |= {key: state[key.replace(".ir.", ".vis.")].clone() for key in state}
+    folder = tmp_path_factory.mktemp("thin") / "model"
+    save_model(folder, state, config, half=False)
+    return folder, Matcher.from_pretrained(folder, device="cpu")
 
 
 # --- help and the process -------------------------------------------------------------------------
@@ -155,15 +177,17 @@ def test_progress_bars_need_a_terminal(monkeypatch):
 # --- match ----------------------------------------------------------------------------------------
 
 
-def test_match_writes_what_the_library_finds(image_pair, tmp_path, matcher, capsys):
+def test_match_writes_what_the_library_finds(image_pair, tmp_path, thin, capsys):
+    model, matcher = thin
     out = {name: tmp_path / name for name in ("m.png", "board.jpg", "m.npz", "m.csv")}
-    argv = ["match", *map(str, image_pair), *SMALL, "--max-displacement", "4"]
+    argv = ["match", *map(str, image_pair), *SMALL, "--max-displacement", "4", "--model", str(model)]
+    argv += ["--decide", "descriptor"]  # a random head knows nothing
     outputs = ["-o", out["m.png"], "--checkerboard", out["board.jpg"], "--save", out["m.npz"]]
     assert main([*argv, *map(str, outputs)]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
 
-    expected = matcher.match_images(*image_pair, max_keypoints=40, max_displacement=4)
+    expected = matcher.match_images(*image_pair, max_keypoints=40, max_displacement=4, decide="descriptor")
     assert len(expected) >= 4
     saved = Matches.load(out["m.npz"])
     for name in ("indices", "keypoints_vis", "keypoints_ir", "inliers"):
@@ -243,9 +267,40 @@ def test_match_options_reach_the_matcher(image_pair, monkeypatch, capsys):
     }
 
 
-def test_match_csv_has_a_row_a_match(image_pair, tmp_path, capsys):
+def test_match_takes_no_maps_where_the_model_decides_by_its_descriptors(
+    image_pair, thin, capsys, monkeypatch
+):
+    from kglmatch.matcher import Matcher
+
+    model, _ = thin
+    values = json.loads((model / "config.json").read_text())
+    values["inference"]["decide"] = "descriptor"
+    (model / "config.json").write_text(json.dumps(values))
+    asked = []
+    original = Matcher.describe
+
+    def describe(self, *args, maps=True, **how):
+        asked.append(maps)
+        return original(self, *args, maps=maps, **how)
+
+    monkeypatch.setattr(Matcher, "describe", describe)
+    argv = ["match", *map(str, image_pair), *SMALL, "--json", "--model", str(model)]
+    assert main(argv) == 0 and main([*argv, "--decide", "descriptor"]) == 0
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert asked == [False] * 4
+    assert first["matches"] == second["matches"] > 0
+    assert main([*argv, "--decide", "metric"]) == 0 and asked[4:] == [True, True]
+    values["inference"]["decide"] = "coin"
+    (model / "config.json").write_text(json.dumps(values))
+    capsys.readouterr()
+    assert main(argv) == 2
+    assert "inference.decide must be one of" in capsys.readouterr().err
+
+
+def test_match_csv_has_a_row_a_match(image_pair, tmp_path, thin, capsys):
     path = tmp_path / "m.csv"
     argv = ["match", *map(str, image_pair), *SMALL, "--decide", "descriptor", "--save", str(path)]
+    argv += ["--model", str(thin[0])]
     assert main([*argv, "--detector", "grid", "--max-displacement", "0"]) == 0
     rows = list(csv.DictReader(path.open()))
     assert int(capsys.readouterr().out.split()[0]) == len(rows) > 0
@@ -254,10 +309,11 @@ def test_match_csv_has_a_row_a_match(image_pair, tmp_path, capsys):
         assert (row["x_vis"], row["y_vis"]) == (row["x_ir"], row["y_ir"])  # as asked: no displacement
 
 
-def test_match_of_a_flat_image_is_empty_not_an_error(image_pair, tmp_path, capsys):
+def test_match_of_a_flat_image_is_empty_not_an_error(image_pair, tmp_path, thin, capsys):
     flat = write(tmp_path / "flat.png", np.full((90, 100), 0.4))
     outputs = {"-o": "m.png", "--checkerboard": "board.png", "--save": "m.npz"}
     argv = [text for option, name in outputs.items() for text in (option, str(tmp_path / name))]
+    argv += ["--model", str(thin[0])]
     assert main(["match", flat, str(image_pair[1]), *SMALL, "--json", *argv]) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
@@ -291,7 +347,8 @@ def test_score_of_two_images(tmp_path, matcher, capsys):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".json", ".npz"])
-def test_score_of_folders_pairs_by_name(tmp_path, matcher, capsys, suffix):
+def test_score_of_folders_pairs_by_name(tmp_path, thin, capsys, suffix):
+    model, matcher = thin
     vis, ir = patches(4)
     for folder in ("vis", "ir"):
         (tmp_path / folder).mkdir()
@@ -301,7 +358,19 @@ def test_score_of_folders_pairs_by_name(tmp_path, matcher, capsys, suffix):
     (tmp_path / "ir" / "a.tif").rename(tmp_path / "ir" / "alone.tif")
     (tmp_path / "vis" / ".hidden").write_text("not an image")
     saved = tmp_path / f"scores{suffix}"
-    assert main(["score", *(str(tmp_path / name) for name in ("vis", "ir")), "--save", str(saved)]) == 0
+    assert (
+        main(
+            [
+                "score",
+                *(str(tmp_path / name) for name in ("vis", "ir")),
+                "--save",
+                str(saved),
+                "--model",
+                str(model),
+            ]
+        )
+        == 0
+    )
     captured = capsys.readouterr()
     expected = dict(zip(["d.png", "b.png", "c.png"], matcher.score(vis[:3], ir[:3]).tolist(), strict=True))
     printed = [line.split("\t") for line in captured.out.splitlines()]
@@ -321,24 +390,25 @@ def test_score_of_folders_pairs_by_name(tmp_path, matcher, capsys, suffix):
 
 
 @pytest.mark.parametrize("as_float", [False, True])
-def test_score_of_an_npz(tmp_path, matcher, capsys, as_float):
+def test_score_of_an_npz(tmp_path, thin, capsys, as_float):
+    model, matcher = thin
     vis, ir = patches(5)
     if as_float:
         vis, ir = vis / np.float64(255), ir.astype(np.float32) / 255
     path = tmp_path / "pairs.npz"
     np.savez(path, vis=vis[:, None], ir=ir)
-    assert main(["score", str(path), "--json", "--device", "cpu", "--batch-size", "2"]) == 0
+    assert main(["score", str(path), "--json", "--batch-size", "2", "--model", str(model)]) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
-    assert captured.err == "" and found["model"] == "kglnet-vis-nir"
+    assert captured.err == "" and found["model"] == str(model)
     assert [pair["name"] for pair in found["pairs"]] == list("01234")
     np.testing.assert_allclose([pair["score"] for pair in found["pairs"]], matcher.score(vis, ir), atol=1e-5)
 
 
-def test_score_of_no_pairs_says_so(tmp_path, capsys):
+def test_score_of_no_pairs_says_so(tmp_path, thin, capsys):
     path = tmp_path / "none.npz"
     np.savez(path, vis=np.zeros((0, 64, 64), np.uint8), ir=np.zeros((0, 64, 64), np.uint8))
-    assert main(["score", str(path), "--save", str(tmp_path / "s.npz")]) == 0
+    assert main(["score", str(path), "--save", str(tmp_path / "s.npz"), "--model", str(thin[0])]) == 0
     captured = capsys.readouterr()
     assert captured.out == "" and "no pairs" in captured.err
     with np.load(tmp_path / "s.npz") as file:
@@ -375,14 +445,15 @@ def test_info_describes_a_model(capsys):
 
 
 @pytest.fixture
-def published(tmp_path):
-    """A checkpoint pair of random weights under the published names."""
+def published(tmp_path, monkeypatch):
+    """A checkpoint pair of random weights under the published names, of few channels."""
     import torch
 
     from kglmatch.models.config import KGLNetConfig
     from kglmatch.models.convert import published_names
     from kglmatch.models.network import KGLNet
 
+    make_thin(monkeypatch)
     torch.manual_seed(0)
     state = KGLNet(KGLNetConfig()).state_dict()
     paths = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -834,3 +835,17 @@ def test_bundled_weights_on_real_patches(matcher: Any) -> None:
     assert metrics.roc_auc(scores, pairs.labels) > 0.9
     direct = matcher.score(pairs.vis[:2], pairs.ir[:2])
     np.testing.assert_allclose(scores[:2], direct, atol=1e-5)
+
+
+def test_pairs_that_were_published_misaligned_are_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_scenes(tmp_path / "set", 2, np.array([[1.0, 0, 4], [0, 1, -3]]))
+    np.save(tmp_path / "set" / "1_nir.npy", np.array([[1.0, 0, 9], [0, 1, -3]]))
+    path = Path(__file__).parents[1] / "benchmarks" / "published_registration.py"
+    monkeypatch.setattr(sys, "argv", [str(path), str(tmp_path / "set")])
+    runpy.run_path(str(path), run_name="__main__")
+    right, wrong, last = capsys.readouterr().out.splitlines()
+    assert float(right.split()[1]) < 0.5
+    assert float(wrong.split()[1]) == pytest.approx(5, abs=0.5)
+    assert last == "off by more than 3 px: set/1"
