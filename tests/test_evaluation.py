@@ -674,7 +674,8 @@ def test_a_model_that_names_no_possible_decision_says_so(inference: dict[str, An
 
 def test_match_follows_the_models_decision() -> None:
     inference = {"fusion": {"distance": 1.0, "logit": 1.0, "bias": 0.0}, "decide": "descriptor"}
-    matcher = PatchMatcher(SimpleNamespace(config=KGLNetConfig(inference=inference), top_k=_nearest))
+    config = KGLNetConfig(inference=inference, descriptor_dim=4)
+    matcher = PatchMatcher(SimpleNamespace(config=config, top_k=_nearest))
     features = [Features(np.eye(3, 4, dtype=np.float32), modality) for modality in ("vis", "ir")]
     found = matcher.match(*features)  # the features hold no maps, which the other decisions need
     np.testing.assert_array_equal(found.indices, [[0, 0], [1, 1], [2, 2]])
