@@ -28,12 +28,12 @@ def estimate_homography(
         and (K,) bool, which matches agree (all false without a homography).
 
     Raises:
-        KGLMatchError: shapes that do not fit, or a threshold of 0 or less.
+        KGLMatchError: shapes that do not fit, or a threshold that is no finite number above 0.
     """
     if points_vis.shape != points_ir.shape or points_vis.ndim != 2 or points_vis.shape[1] != 2:
         raise KGLMatchError(f"points must be (K, 2) alike, got {points_vis.shape} and {points_ir.shape}")
-    if not threshold > 0:
-        raise KGLMatchError(f"threshold must be above 0 pixels, got {threshold}")
+    if not 0 < threshold < np.inf:
+        raise KGLMatchError(f"threshold must be a number of pixels above 0, got {threshold}")
     none = np.zeros(len(points_vis), bool)
     if len(points_vis) < MIN_MATCHES:
         return None, none

@@ -456,7 +456,7 @@ class ImageMatchingModel:
         return {
             "detector": self.detector,
             "max_keypoints": self.max_keypoints,
-            "maps": self.options.get("decide") != "descriptor",
+            "maps": self.matcher.decision(self.options.get("decide")) != "descriptor",
             "upright": self.options.get("upright", True),
         }
 

@@ -26,7 +26,7 @@ from kglmatch.datasets import (
 from kglmatch.errors import ConfigError, DataError, KGLMatchError, OutputError, WeightsError
 from kglmatch.evaluation import baselines, metrics
 from kglmatch.evaluation import patches as evaluation
-from kglmatch.evaluation.decision import Decision, decision_errors, fit_decision, save_decision
+from kglmatch.evaluation.decision import Decision, fit_decision, save_decision
 from kglmatch.evaluation.patches import (
     ALL,
     KEPT,
@@ -600,9 +600,9 @@ def test_the_decision_is_the_one_with_the_fewest_errors(tmp_path: Path) -> None:
         100 * metrics.fpr_at_recall(scores, pairs.labels)
     )
     errors = {
-        "fused": decision_errors(fuse(distances, scores, decision.fusion), pairs.labels),
-        "metric": decision_errors(scores, pairs.labels),
-        "descriptor": decision_errors(-distances, pairs.labels),
+        "fused": metrics.decision_errors(fuse(distances, scores, decision.fusion), pairs.labels),
+        "metric": metrics.decision_errors(scores, pairs.labels),
+        "descriptor": metrics.decision_errors(-distances, pairs.labels),
     }
     assert decision.decide == min(errors, key=errors.get)
     # The other way round: the head knows, and the descriptors are all the same.
@@ -614,7 +614,7 @@ def test_the_decision_is_the_one_with_the_fewest_errors(tmp_path: Path) -> None:
 
 def test_decision_errors_by_hand() -> None:
     # One of two non-matching pairs is accepted with all matching ones; one of four comparisons is wrong.
-    assert decision_errors([4, 2, 3, 1], [1, 1, 0, 0]) == pytest.approx(50 + 25)
+    assert metrics.decision_errors([4, 2, 3, 1], [1, 1, 0, 0]) == pytest.approx(50 + 25)
 
 
 def test_a_decision_is_written_and_the_rest_of_the_configuration_stays(tmp_path: Path) -> None:

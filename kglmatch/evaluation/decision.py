@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from kglmatch.datasets import PatchSources, find_patch_sources
 from kglmatch.errors import WeightsError
@@ -50,21 +49,6 @@ class Decision:
         }
 
 
-def decision_errors(scores: ArrayLike, labels: ArrayLike) -> float:
-    """What decisions are compared by, in percent, lower is better: FPR95, and the area above the ROC curve.
-
-    The area breaks ties between decisions whose FPR95 is low.
-
-    Args:
-        scores: (N,), higher means "match".
-        labels: (N,), 1 for matching pairs.
-
-    Raises:
-        DataError: as for `metrics.roc_curve`.
-    """
-    return 100 * (metrics.fpr_at_recall(scores, labels) + 1 - metrics.roc_auc(scores, labels))
-
-
 def fit_decision(
     matcher: Matcher,
     source: PatchSources,
@@ -98,7 +82,7 @@ def fit_decision(
             ({"descriptor": -d, "metric": s, "fused": fuse(d, s, fusion)}[decision], label)
             for d, s, label in answers
         ]
-        errors[decision] = float(np.mean([decision_errors(*one) for one in by_subset]))
+        errors[decision] = float(np.mean([metrics.decision_errors(*one) for one in by_subset]))
         fpr95[decision] = float(np.mean([100 * metrics.fpr_at_recall(*one) for one in by_subset]))
     return Decision(fusion, min(errors, key=errors.__getitem__), fpr95, len(labels))
 

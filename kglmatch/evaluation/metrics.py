@@ -185,3 +185,18 @@ def _resampled_thresholds(
 def _check_recall(recall: float) -> None:
     if not 0 < recall < 1:
         raise DataError(f"recall must be between 0 and 1, got {recall}")
+
+
+def decision_errors(scores: ArrayLike, labels: ArrayLike) -> float:
+    """What decisions are compared by, in percent, lower is better: FPR95, and the area above the ROC curve.
+
+    The area breaks ties between decisions whose FPR95 is low.
+
+    Args:
+        scores: (N,), higher means "match".
+        labels: (N,), 1 for matching pairs.
+
+    Raises:
+        DataError: as for `roc_curve`.
+    """
+    return 100 * (fpr_at_recall(scores, labels) + 1 - roc_auc(scores, labels))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,20 +187,8 @@ def _with_contrast(pairs: ScenePairs, least: float) -> ScenePairs:
     """Without the points whose second patch shows nothing."""
     if not least:
         return pairs
-    rows = np.flatnonzero(contrast(pairs) >= least)
+    rows = np.flatnonzero(pairs.contrast() >= least)
     return ScenePairs(pairs.scenes, pairs.points[rows], pairs.scene_index[rows], pairs.patch_size)
-
-
-def contrast(pairs: ScenePairs) -> NDArray[np.float64]:
-    """Standard deviation of each point's second patch (N,), grey levels, noise of one pixel blurred away."""
-    half = pairs.patch_size // 2
-    out = np.empty(len(pairs))
-    smooth: Sequence[NDArray[np.float32]] = [
-        cv2.GaussianBlur(scene.ir.astype(np.float32), (0, 0), 1.0) for scene in pairs.scenes
-    ]
-    for i, ((x, y), scene) in enumerate(zip(pairs.points, pairs.scene_index, strict=True)):
-        out[i] = smooth[scene][y - half : y + half, x - half : x + half].std()
-    return out
 
 
 def patches_as_scenes(patches: PatchPairs, rows: np.ndarray) -> ScenePairs:

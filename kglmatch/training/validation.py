@@ -14,9 +14,8 @@ from kglmatch.evaluation import metrics
 from kglmatch.fusion import fit_calibration, fit_fusion, fuse
 from kglmatch.matching import distance_from_cosine
 from kglmatch.models.network import KGLNet
+from kglmatch.options import DECISIONS
 from kglmatch.training.data import ValidationSet
-
-DECISIONS = ("fused", "metric", "descriptor")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +38,8 @@ class Validation:
     """Figures of a network, lower is better but for the areas.
 
     Attributes:
-        sets: for each validation set FPR95 in percent and the area under the ROC curve of each decision
-            (`descriptor_fpr95`, `fused_auc`, ...).
+        sets: for each validation set and decision FPR95 in percent, the area under the ROC curve, and both in
+            one (`descriptor_fpr95`, `fused_auc`, `metric_errors`, ...; see `metrics.decision_errors`).
         mean: their means, every set weighing the same.
         fusion: descriptor distance and calibrated metric head in one answer (`kglmatch.fusion`).
         decide: the decision with the fewest errors.
@@ -57,7 +56,7 @@ class Validation:
     def merit(self) -> float:
         """What a model is chosen by, lower is better: the FPR95 of both branches, and the areas, which
         break ties between low ones."""
-        return sum(_errors(self.mean, decision) for decision in ("descriptor", "metric"))
+        return self.mean["descriptor_errors"] + self.mean["metric_errors"]
 
 
 def validate(net: KGLNet, sets: Sequence[ValidationSet]) -> Validation:
@@ -78,7 +77,7 @@ def validate(net: KGLNet, sets: Sequence[ValidationSet]) -> Validation:
     }
     first = next(iter(figures.values()))
     mean = {key: float(np.mean([f[key] for f in figures.values()])) for key in first}
-    decide = min(DECISIONS, key=lambda decision: _errors(mean, decision))
+    decide = min(DECISIONS, key=lambda decision: mean[f"{decision}_errors"])
     return Validation(figures, mean, fusion, decide, calibration)
 
 
@@ -139,7 +138,7 @@ def _figures(
     labels: NDArray[np.bool_],
     fusion: dict[str, float],
 ) -> dict[str, float]:
-    """FPR95 and area under the curve of each decision, from distances and calibrated logits (M,)."""
+    """FPR95, area under the curve and errors of each decision, from distances and calibrated logits (M,)."""
     scores = {
         "descriptor": -distances,
         "metric": logits,
@@ -150,8 +149,5 @@ def _figures(
     for decision, score in scores.items():
         figures[f"{decision}_fpr95"] = 100 * metrics.fpr_at_recall(score, labels)
         figures[f"{decision}_auc"] = metrics.roc_auc(score, labels)
+        figures[f"{decision}_errors"] = metrics.decision_errors(score, labels)
     return figures
-
-
-def _errors(figures: dict[str, float], decision: str) -> float:
-    return figures[f"{decision}_fpr95"] + 100 * (1 - figures[f"{decision}_auc"])
