@@ -29,7 +29,7 @@ from __future__ import annotations
 import csv
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -687,6 +687,18 @@ class PatchSource:
     path: Path
     pairs: tuple[ImagePair, ...] = ()
 
+    def take(self, rows: slice) -> PatchSource:
+        """Some of the image pairs, in the order of their names.
+
+        Raises:
+            DataError: a patch file, or a slice that takes none of the pairs.
+        """
+        if not self.pairs:
+            raise DataError(f"{self.path} holds patches; image pairs are taken from folders of them")
+        if not self.pairs[rows]:
+            raise DataError(f"{self.path} holds {len(self.pairs)} image pairs, and none of them was taken")
+        return replace(self, pairs=self.pairs[rows])
+
     def load(
         self, *, max_pairs: int | None = None, negatives: int = DEFAULT_NEGATIVES, seed: int = 0
     ) -> PatchPairs:
@@ -709,7 +721,7 @@ class PatchSource:
         return load_sos_patches(self.path, max_pairs=max_pairs, seed=seed)
 
 
-PatchSources = str | Path | Iterable[str | Path]
+PatchSources = str | Path | Iterable[str | Path | PatchSource]
 
 
 def find_patch_sources(source: PatchSources) -> list[PatchSource]:
@@ -718,7 +730,7 @@ def find_patch_sources(source: PatchSources) -> list[PatchSource]:
     Args:
         source: a `.npz`, a `NAME_sos.npy`, a VIS-NIR `.csv`, a folder of image pairs (see
             `find_image_pairs`), a folder of such files, a folder of image folders (one subset each);
-            or several of them.
+            or several of them. A `PatchSource` is passed on as it is.
 
     Returns:
         the subsets, in the order of the names within each path.
@@ -727,7 +739,11 @@ def find_patch_sources(source: PatchSources) -> list[PatchSource]:
         DataError: nothing there that is known, or a folder with something wrong in it.
     """
     if not isinstance(source, str | Path):
-        return [found for one in source for found in find_patch_sources(one)]
+        return [
+            found
+            for one in source
+            for found in ([one] if isinstance(one, PatchSource) else find_patch_sources(one))
+        ]
     path = Path(source)
     if path.is_file():
         return [_file_source(path)]

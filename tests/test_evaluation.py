@@ -738,6 +738,10 @@ def test_eval_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind
     assert printed["methods"]["kglmatch"]["within_1_px_percent"] == 100
     assert printed["results"][0]["verdict"] == ("registered" if kind == "registration" else None)
     assert plot.read_bytes().startswith(b"\x89PNG")
+    assert main(["eval", str(tmp_path / "a"), f"--{kind}", "--pairs", "1::2", "--json", *options[:2]]) == 0
+    assert [r["pair"] for r in json.loads(capsys.readouterr().out)["results"]] == ["1"]
+    assert main(["eval", str(tmp_path / "a"), f"--{kind}", "--pairs", "5:", *options[:2]]) == 2
+    assert "none of them was taken" in capsys.readouterr().err
     assert main(["eval", str(tmp_path / "a"), f"--{kind}", "--exclude", "a/0", *options[:2]]) == 0
     assert "1 pairs, without excluded images" in capsys.readouterr().out
 
@@ -801,6 +805,9 @@ def test_help_says_that_test_data_choose_nothing(capsys: pytest.CaptureFixture[s
         (["{}/x.npz", "--fit-fusion", "--exclude", "x/0"], "--exclude"),
         (["{}/x.npz", "--exclude", "x/0"], "expected subset/pair"),
         (["{}/x.npz", "--registration"], "folders of image pairs"),
+        (["{}/x.npz", "--pairs", "2::3"], "image pairs are taken from folders"),
+        (["{}/x.npz", "--pairs", "3"], "START:STOP:STEP"),
+        (["{}/x.npz", "--pairs", "::0"], "START:STOP:STEP"),
         (["{}/x.npz", "--max-pairs", "0"], "at least 1"),
         (["{}/x.npz", "--seed", "-1"], "seed"),
         (["{}/x.npz", "--save", "report.txt"], ".json"),

@@ -28,6 +28,7 @@ from kglmatch.options import (
 )
 
 if TYPE_CHECKING:
+    from kglmatch.datasets import PatchSource
     from kglmatch.evaluation.patches import PatchReport
     from kglmatch.evaluation.registration import RegistrationReport
     from kglmatch.matcher import Matcher
@@ -78,6 +79,13 @@ def add_parser(subparsers: Any) -> None:
         "decision has the fewest errors; DATA must be validation data, never test data",
     )
     how = parser.add_argument_group("data and baselines")
+    how.add_argument(
+        "--pairs",
+        metavar="SLICE",
+        type=_slice,
+        help="image pairs of each subset in the order of their names, START:STOP:STEP as in Python: 2::3 "
+        "takes the third, the sixth and so on, -20: the last twenty (default: all)",
+    )
     how.add_argument(
         "--max-pairs",
         metavar="N",
@@ -136,12 +144,16 @@ def run(args: argparse.Namespace) -> int:
     of_images = args.registration or args.homography
     if args.baselines is not None:
         check_baselines(args.baselines, REGISTRATION_BASELINES if of_images else PATCH_BASELINES)
-    excluded_of(find_patch_sources(args.data), args.exclude or ())
+    sources = find_patch_sources(args.data)
+    if args.pairs is not None:
+        sources = [source.take(args.pairs) for source in sources]
+    excluded_of(sources, args.exclude or ())
     check_outputs({"--save": args.save, "--plot": args.plot}, args.data)
     if args.fit_fusion:
-        return _fit_fusion(args)
+        return _fit_fusion(args, sources)
     matcher = _matcher(args)
-    report = _evaluate_images(args, matcher) if of_images else _evaluate_patches(args, matcher)
+    evaluate = _evaluate_images if of_images else _evaluate_patches
+    report = evaluate(args, sources, matcher)
     _write(args, report.to_dict(), matcher.device)
     if args.plot is not None:
         from kglmatch.evaluation.plots import save_plot
@@ -160,12 +172,12 @@ def _matcher(args: argparse.Namespace) -> Matcher:
     return matcher
 
 
-def _evaluate_patches(args: argparse.Namespace, matcher: Matcher) -> PatchReport:
+def _evaluate_patches(args: argparse.Namespace, sources: list[PatchSource], matcher: Matcher) -> PatchReport:
     from kglmatch.evaluation.patches import evaluate_patches
 
     return evaluate_patches(
         matcher,
-        args.data,
+        sources,
         max_pairs=args.max_pairs,
         negatives=args.negatives or DEFAULT_NEGATIVES,
         seed=args.seed,
@@ -175,13 +187,15 @@ def _evaluate_patches(args: argparse.Namespace, matcher: Matcher) -> PatchReport
     )
 
 
-def _evaluate_images(args: argparse.Namespace, matcher: Matcher) -> RegistrationReport:
+def _evaluate_images(
+    args: argparse.Namespace, sources: list[PatchSource], matcher: Matcher
+) -> RegistrationReport:
     from kglmatch.evaluation.registration import evaluate_homography, evaluate_registration
 
     evaluate = evaluate_homography if args.homography else evaluate_registration
     return evaluate(
         matcher,
-        args.data,
+        sources,
         limit=args.limit,
         baselines=DEFAULT_REGISTRATION_BASELINES if args.baselines is None else args.baselines,
         exclude=args.exclude or (),
@@ -189,14 +203,14 @@ def _evaluate_images(args: argparse.Namespace, matcher: Matcher) -> Registration
     )
 
 
-def _fit_fusion(args: argparse.Namespace) -> int:
+def _fit_fusion(args: argparse.Namespace, sources: list[PatchSource]) -> int:
     from kglmatch.evaluation.decision import check_model_folder, fit_decision, save_decision
 
     folder = check_model_folder(args.model)
     matcher = _matcher(args)
     decision = fit_decision(
         matcher,
-        args.data,
+        sources,
         max_pairs=args.max_pairs,
         negatives=args.negatives or DEFAULT_NEGATIVES,
         seed=args.seed,
@@ -241,6 +255,18 @@ def _check_options(args: argparse.Namespace) -> None:
         from kglmatch.evaluation.plots import check_plot
 
         check_plot(args.plot)
+
+
+def _slice(text: str) -> slice:
+    try:
+        parts = [int(part) if part.strip() else None for part in text.split(":")]
+        if not 2 <= len(parts) <= 3 or parts[2:] == [0]:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected START:STOP:STEP, such as 2::3 or -20:, got {text!r}"
+        ) from None
+    return slice(*parts)
 
 
 def _names(text: str) -> tuple[str, ...]:
