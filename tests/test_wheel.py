@@ -103,12 +103,8 @@ def test_wheel_holds_everything_and_nothing_else(distributions):
     with zipfile.ZipFile(distributions[1]) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
     code = {path.relative_to(CHECKOUT).as_posix() for path in CHECKOUT.glob("kglmatch/**/*.py")}
-    data = {
-        "kglmatch/py.typed",
-        "kglmatch/__init__.pyi",
-        "kglmatch/training/__init__.pyi",
-        "kglmatch/weights/SHA256SUMS",
-    }
+    stubs = {path.relative_to(CHECKOUT).as_posix() for path in CHECKOUT.glob("kglmatch/**/*.pyi")}
+    data = stubs | {"kglmatch/py.typed", "kglmatch/weights/SHA256SUMS"}
     for folder in (CHECKOUT / "weights" / model for model in models()):
         data |= {f"kglmatch/weights/{folder.name}/{file}" for file in ("config.json", "model.safetensors")}
         if (folder / "README.md").is_file():
@@ -125,7 +121,8 @@ def test_wheel_metadata(distributions):
     about = metadata(distributions[1])
     assert about["License-Expression"] == "Apache-2.0"
     assert about.get_all("License-File") == ["LICENSE"]
-    assert {"train", "kornia", "colmap", "demo", "docs", "test"} <= set(about.get_all("Provides-Extra"))
+    extras = {"train", "many", "ray", "plot", "kornia", "colmap", "demo", "docs", "test", "dev"}
+    assert extras == set(about.get_all("Provides-Extra"))
     assert "Typing :: Typed" in about.get_all("Classifier")
     assert about["Description-Content-Type"] == "text/markdown"
     assert len(about.get_payload()) > 500
@@ -134,7 +131,8 @@ def test_wheel_metadata(distributions):
 def test_sdist_holds_what_a_packager_needs(distributions):
     with tarfile.open(distributions[0]) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
-    expected = {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml", "setup.cfg"}
+    expected = {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"}
+    expected |= {"constraints.txt", "mkdocs.yml", "pyproject.toml", "setup.cfg", "benchmarks/inference.py"}
     expected |= {"tests/test_wheel.py", "tests/hub_server.py", "weights/SHA256SUMS"}
     expected |= {f"weights/{model}/model.safetensors" for model in models()}
     assert expected <= names
