@@ -14,7 +14,23 @@ import pytest
 from filelock import FileLock
 from thin_network import export_thin
 
+MOST_WORKERS = 8  # each has its own copy of PyTorch and of the models in memory
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many workers `-n auto` starts."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread for each worker: they share the cores."""
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers inherit it
+    elif "PYTEST_XDIST_WORKER" in os.environ:
+        cv2.setNumThreads(1)
 
 
 @pytest.fixture(scope="session")

