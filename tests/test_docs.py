@@ -87,7 +87,8 @@ def checkout(
     def detect_few(*args, max_keypoints: int = FEW_KEYPOINTS, **options):
         return detect(*args, max_keypoints=min(max_keypoints, FEW_KEYPOINTS), **options)
 
-    monkeypatch.setattr(kglmatch.patch_matcher, "detect_keypoints", detect_few)
+    for module in (kglmatch, kglmatch.patch_matcher):
+        monkeypatch.setattr(module, "detect_keypoints", detect_few)
     if any("export_onnx(" in text for _, text in blocks(page, "python")):
         exported = request.getfixturevalue("exported")
 
