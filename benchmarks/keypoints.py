@@ -1,20 +1,20 @@
-"""Which keypoints come back in the other spectrum, and which of them are matched.
+"""Which keypoints repeat in the other spectral band, and which of them are matched.
 
     python benchmarks/keypoints.py DATA/vis-nir --slice ::10            # pairs with a known affine
     python benchmarks/keypoints.py aligned/vis-lwir --slice=-20: --model kglnet-vis-lwir --warp
     python benchmarks/keypoints.py aligned/vis-sar --slice=-6: --model kglnet-vis-sar --warp
     python benchmarks/keypoints.py aligned/vis-lwir --slice=-20: --model kglnet-vis-lwir --dense
 
-Every detector gives the same number of keypoints, one for so many pixels (`--pixels`). "4 px" is the
-share of keypoints with one in the other image within so many pixels of where they belong, mean of both
-ways; "by chance" the same after a shift that leaves no place where it was. Matches are mutual nearest
-descriptors, right within 3 pixels; with a prior only keypoints within 16 pixels of the right place are
-candidates. `--warp` moves the second image of registered pairs by a seeded similarity (10 px, 3 degrees,
-3 %), without which a grid would repeat by construction. `--dense` compares `match_images` with and without
-`dense`, as it comes, on pairs moved by up to 5 px in x and y that are known to within 8 px; "more" detects
-eight times as many keypoints, for about as many patches. Folders "aligned" are made by
-`examples/training/align_pairs.py`: a truth by this package's own registration, where the published one is
-off by some pixels.
+Every detector gives the same number of keypoints, one per N pixels (`--pixels N`). "4 px" is the share of
+keypoints with a keypoint of the other image within 4 pixels of the corresponding place, mean of both
+directions; "by chance" is the same after a shift that leaves no place where it was. Matches are mutual
+nearest descriptors, correct within 3 pixels; with a prior only keypoints within 16 pixels of the correct
+place are candidates. `--warp` moves the second image of registered pairs by a seeded similarity (10 px, 3
+degrees, 3 %), without which a grid would repeat by construction. `--dense` compares `match_images` with
+and without `dense`, at its defaults, on pairs displaced by up to 5 px in x and y, with
+`max_displacement=8`; "more" detects eight times as many keypoints, for about as many patches. The folders
+"aligned" are made by `examples/training/align_pairs.py`: ground truth by this package's own registration,
+where the published one is off by some pixels.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Upright patches of one scale beside patches at the keypoint's orientation and scale.
+"""Upright patches of one scale, compared with patches at the keypoint's orientation and scale.
 
     python benchmarks/patch_geometry.py aligned/vis-nir --slice=-6::2
     python benchmarks/patch_geometry.py aligned/vis-nir --slice=-6::2 --detector sift
 
-The second image of each pair is turned and scaled by known amounts. Matches are mutual nearest descriptors
-among all keypoints, right within 3 pixels. "upright" cuts patches as they are; "turned" at the main direction
-of the gradients around the keypoint, known up to half a turn, so that ir patches are cut both ways and the
-nearer counts. SIFT's keypoints also know an angle ("own angle", again both ways) and a scale.
+The second image of each pair is rotated and scaled by known amounts. Matches are mutual nearest
+descriptors among all keypoints, correct within 3 pixels. "upright" cuts patches as they are; "turned"
+rotates them to the dominant direction of the gradients around the keypoint, which is known up to 180
+degrees, so that ir patches are cut both ways and the nearer one counts. SIFT's keypoints also have an
+angle ("own angle", again both ways) and a scale.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A page in the browser: two images in; matches, a checkerboard and a table out.
+"""A page in the browser: two images as input; matches, a checkerboard and a table as output.
 
-pip install ".[demo]"
+pip install -c constraints.txt ".[demo]"
 python examples/app.py            (then open the address that it prints)
 """
 
@@ -24,9 +24,9 @@ DEFAULT_KEYPOINTS = 500
 LARGEST_FILE = "100mb"
 
 INTRODUCTION = """# kglmatch
-Matches an image of a visible camera with one of another sensor. Give the visible image first. Images may
-be 8-bit, 16-bit or float: PNG, JPEG, TIFF. If they are registered to within some pixels, say so: it is
-faster and surer."""
+Matches an image of a visible camera with an image of another sensor. The visible image comes first. Images
+may be 8-bit, 16-bit or float: PNG, JPEG, TIFF. If they are registered to within some pixels, give that
+distance: matching is then faster and more reliable."""
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def match_files(
         check_image_size(images[-1], matcher.config.patch_size, Path(path).name)
     matches = matcher.match_images(*images, max_displacement=max_displacement, max_keypoints=int(keypoints))
     if matches.homography is None:
-        summary, checkerboard = f"**{len(matches)} matches**, too few agree on a homography.", None
+        summary, checkerboard = f"**{len(matches)} matches**, too few agree with a homography.", None
     else:
         summary = f"**{len(matches)} matches**, {matches.inliers.sum()} agree on a homography."
         checkerboard = draw_checkerboard(*images, matches.homography)
@@ -96,7 +96,7 @@ def build(folder: Path) -> Any:
         try:
             found = match_files(vis, ir, model, displacement or None, keypoints)
         except KGLMatchError as error:
-            # Uploads lie in a folder that says nothing to the reader.
+            # Uploads are in a folder whose name means nothing to the reader.
             text = str(error)
             for path in (vis, ir):
                 text = text.replace(str(path), Path(str(path)).name)
@@ -146,7 +146,7 @@ def build(folder: Path) -> Any:
         inputs = [vis, ir, model, displacement, keypoints]
         gr.Examples([[*EXAMPLE, "kglnet-vis-nir", 8, DEFAULT_KEYPOINTS]], inputs, label="Example: Sentinel-2")
         outputs = [summary, picture, checkerboard, table, download]
-        # Cleared first, so that an error does not stand beside the results of another pair.
+        # Cleared first, so that an error is not shown next to the results of another pair.
         button.click(clear, None, outputs, api_visibility="private").then(
             answer, inputs, outputs, api_name="match", show_progress_on=picture
         )

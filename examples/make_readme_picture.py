@@ -1,7 +1,7 @@
 """Draws the picture of the README: the example pair and its matches.
 
-The pair is registered, and the matcher is not told so: any keypoint may match any other. Right matches are
-level lines; a wrong one may go anywhere.
+The pair is registered, but the matcher does not use that: any keypoint may match any other. Correct
+matches are horizontal lines; a wrong one can have any direction.
 
 python examples/make_readme_picture.py
 """

@@ -1,8 +1,8 @@
 """Draws the pictures of the registration guide, from the example pair.
 
-The near infrared image is turned by 6 degrees, enlarged by 1.05 and shifted, as a second camera would see
-the place, and registered again: register.jpg shows both as a checkerboard, before and after. For check.jpg
-it is only turned by 0.4 degrees and shifted by (1, -0.5) pixels, and `Matcher.check` looks for that.
+The near infrared image is rotated by 6 degrees, enlarged by 1.05 and shifted, as if from a second camera,
+and registered again: register.jpg shows both as a checkerboard, before and after. For check.jpg it is
+only rotated by 0.4 degrees and shifted by (1, -0.5) pixels, and `Matcher.check` measures that.
 
 python examples/make_registration_pictures.py
 """

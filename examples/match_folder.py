@@ -1,7 +1,8 @@
 """A batch job: matches every pair of two folders, and can be stopped and started again.
 
-Images are paired by name: vis/0001.png with ir/0001.tif. Each pair gets a .npz of its matches; what is there
-already is not done again. `summary.csv` has a row for each pair, and a bad image costs its own row only.
+Images are paired by name: vis/0001.png with ir/0001.tif. Each pair gets a .npz file with its matches;
+pairs that already have one are skipped. `summary.csv` has a row for each pair; a bad image affects only
+its own row.
 
 python examples/match_folder.py VIS_FOLDER IR_FOLDER OUT_FOLDER [--max-displacement 10]
 """

@@ -1,4 +1,4 @@
-"""Scores and matches patches: the way in for those who cut their own.
+"""Scores and matches patches, for users who cut their own.
 
 Cuts 64 x 64 patches around the same places of the registered example pair, scores pairs that show the
 same place and pairs that do not, and then matches one set against the other in shuffled order.
@@ -29,7 +29,7 @@ def main() -> None:
     ir_patches = extract_patches(ir_image, xy)
 
     matcher = Matcher.from_pretrained("kglnet-vis-nir")
-    # The costly part, done once for each patch. Scoring and matching then work on features.
+    # The expensive part, done once for each patch. Scoring and matching then work on features.
     vis, ir = matcher.describe(vis_patches, "vis"), matcher.describe(ir_patches, "ir")
 
     same = matcher.score(vis, ir)  # (N,) row by row

@@ -2,10 +2,10 @@
 
     python examples/training/align_pairs.py DATA/vis-nir/country -o aligned/vis-nir
 
-Public "registered" pairs are off by a few pixels, some by thirty, and a matcher trained on them learns that
-wrong places match. Writes a folder of links in the layout NAME_rgb.*, NAME_nir.* with NAME_nir.npy, the
-affine that `kglmatch.datasets` reads, for each pair in which a transform is clearly better supported than
-none.
+Public "registered" pairs are off by a few pixels, some by thirty, and a matcher trained on them learns to
+match the wrong places. Writes a folder of links in the layout NAME_rgb.*, NAME_nir.*, with NAME_nir.npy,
+the affine that `kglmatch.datasets` reads, for each pair in which a transform is clearly better supported
+than none.
 """
 
 from __future__ import annotations
