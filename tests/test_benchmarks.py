@@ -121,3 +121,11 @@ def test_registration_by_known_shifts(run, pairs):
     run("registration.py", pairs, "--every", 2, "--shifts", "--save", "found.json")
     (error,) = json.loads(Path("found.json").read_text())["errors"]
     assert error < 0.3
+
+
+def test_published_registration_lists_the_pair_that_is_off(run, pairs, tmp_path):
+    folder = Path(shutil.copytree(pairs, tmp_path / "field"))
+    ir = cv2.imread(str(folder / "0001_nir.png"), cv2.IMREAD_GRAYSCALE)
+    cv2.imwrite(str(folder / "0001_nir.png"), np.roll(ir, (4, -5), axis=(0, 1)))
+    printed = run("published_registration.py", folder)
+    assert printed.splitlines()[-1] == "off by more than 3 px: field/0001"

@@ -65,7 +65,9 @@ def clean_environment(distributions, tmp_path_factory) -> Path:
     scripts, packages = Path(paths["scripts"]), Path(paths["purelib"])
     python = scripts / ("python.exe" if os.name == "nt" else "python")
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
-    subprocess.run([*install, "--no-deps", "--no-index", distributions[1]], check=True)
+    # A checkout on PYTHONPATH would count as installed already.
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([*install, "--no-deps", "--no-index", distributions[1]], check=True, env=variables)
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     (packages / "sitecustomize.py").write_text(NO_NETWORK)
     return scripts
