@@ -113,8 +113,8 @@ def test_registration(run, pairs):
 def test_registration_of_unrelated_pairs(run, pairs):
     run("registration.py", pairs, "--unrelated", 1, "--save", "found.json")
     ((verdict, support, agreement, _),) = json.loads(Path("found.json").read_text())["results"]
-    assert verdict in ("registered", "doubtful", "failed")
-    assert support < 0.3 and agreement < 1  # of pairs that belong together both are higher
+    assert verdict != "registered"
+    assert support < 0.3 and agreement < 1
 
 
 def test_registration_by_known_shifts(run, pairs):

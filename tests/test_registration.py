@@ -302,6 +302,14 @@ def test_agreement_is_one_for_the_right_places_and_half_by_chance():
     np.fill_diagonal(distances, 0.1)
     assert judge.agreement(distances) == 1.0
     assert judge.agreement(distances[:1, :1]) == judge.agreement(distances[:0, :0]) == 0.5
+    assert judge.agreement(distances[:6, :6]) == 0.75  # half of what 24 places would say
+
+
+def test_a_small_overlap_that_agrees_by_chance_is_not_registered(matcher):
+    # Two unrelated scenes; the best of all transforms leaves seven places, where agreement is 0.9.
+    vis, ir = texture(208, 192, seed=0), other_sensor(texture(208, 192, seed=1))
+    vis, ir = (np.rint(image * 255).astype(np.uint8) for image in (vis, ir))
+    assert matcher.register(vis, ir).verdict == "failed"
 
 
 def test_both_witnesses_are_needed():

@@ -38,6 +38,7 @@ from kglmatch.resampling import covered_by, warp_image
 Image = NDArray[np.float32]
 
 _PLACES = 48  # that the network looks at
+_ENOUGH_PLACES = 24  # fewer say less: where little overlaps, the best of many alternatives agrees by chance
 _ALTERNATIVES = 2
 _JUDGED_SHARE = 0.05
 _INLIER_VOTE, _INLIER_RESIDUAL = 0.5, 2.0  # vote of a window; pixels
@@ -56,6 +57,8 @@ _COMPOSED_RADIUS = 5  # pixels at a width of 256 that two registrations in a row
 def agreement(distances: NDArray[np.floating]) -> float:
     """Mean share of other places that are less alike than the right one.
 
+    Its excess over chance counts in full from 24 places on, and by the root of their number below.
+
     Args:
         distances: (K, K) descriptor distances of patches at K places, visible rows, ir columns.
 
@@ -67,7 +70,8 @@ def agreement(distances: NDArray[np.floating]) -> float:
         return 0.5
     own = np.diagonal(distances)
     farther = (distances > own[:, None]).sum() + (distances > own[None, :]).sum()
-    return float(farther / (2 * count * (count - 1)))
+    share = float(farther / (2 * count * (count - 1)))
+    return 0.5 + (share - 0.5) * min(1.0, float(np.sqrt(count / _ENOUGH_PLACES)))
 
 
 def evidence(support: float, agreed: float, num_matches: int = 0) -> float:
