@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "patch_matcher": SHARED | DATA | IMAGES | NETWORK,
     "registration": SHARED | DATA | IMAGES | {"patch_matcher"},
     "matcher": SHARED | DATA | IMAGES | NETWORK | {"export", "onnx_cache", "patch_matcher", "registration"},
+    "batch": SHARED | DATA | IMAGES | {"datasets", "matcher", "patch_matcher", "registration"},
     "datasets": SHARED | DATA | IMAGES,
     "evaluation": SHARED | DATA | IMAGES | {"datasets", "matcher", "models"},
     "visualize": SHARED | DATA | IMAGES | {"registration"},
