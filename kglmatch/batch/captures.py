@@ -140,7 +140,9 @@ def choose_reference(bands: Sequence[str], reference: str | None = None) -> str:
 
 def natural_order(name: str) -> tuple[Any, ...]:
     """A key that sorts "2" before "10"."""
-    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name))
+    return tuple(
+        (0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)
+    )
 
 
 def read_moment(image: Any) -> Moment:
@@ -249,7 +251,8 @@ def _read_list(path: Path) -> list[Capture]:
             f'{path} must have a column "capture" and two bands or more, got {", ".join(columns) or "nothing"}'
         )
     captures = [
-        Capture(row["capture"], {band: path.parent / row[band] for band in bands if row[band]}) for row in rows
+        Capture(row["capture"], {band: path.parent / row[band] for band in bands if row[band]})
+        for row in rows
     ]
     if not captures:
         raise DataError(f"{path} lists no captures")
