@@ -248,7 +248,8 @@ def _read_list(path: Path) -> list[Capture]:
     bands = [column for column in columns if column != "capture"]
     if "capture" not in columns or len(bands) < 2:
         raise DataError(
-            f'{path} must have a column "capture" and two bands or more, got {", ".join(columns) or "nothing"}'
+            f'{path} must have a column "capture" and two bands or more, '
+            f"got {', '.join(columns) or 'nothing'}"
         )
     captures = [
         Capture(row["capture"], {band: path.parent / row[band] for band in bands if row[band]})

@@ -29,7 +29,7 @@ from kglmatch.batch.captures import (
     natural_order,
     read_moment,
 )
-from kglmatch.batch.rig_pool import Pairs, choose_kind, fit, gather, measure
+from kglmatch.batch.rig_pool import Pairs, Pool, choose_kind, fit, gather, measure
 from kglmatch.batch.rig_results import Residuals, Rig, RigBand, RigVerdict, Trend, common_size
 from kglmatch.errors import DataError, ImageError, KGLMatchError
 from kglmatch.geometry import TRANSFORMS, TransformKind, fit_robustly, transform_points
@@ -287,8 +287,8 @@ class _Search:
         start = self._propose(pairs)
         if start is None:
             return nothing
-        kind, transform = self._refine(pairs, start)
-        residuals = measure(pairs, range(len(pairs)), transform)
+        kind, transform, known = self._refine(pairs, start)
+        residuals = measure(pairs, range(len(pairs)), transform, known)
         return self._conclude(nothing, pairs, flight, start, kind, transform, residuals)
 
     def _propose(self, pairs: Pairs) -> _Start | None:
@@ -358,14 +358,20 @@ class _Search:
             return None
         return fit_robustly("similarity", vis, ir, whole, (tolerance, tolerance / 2)), count
 
-    def _refine(self, pairs: Pairs, start: _Start) -> tuple[TransformKind, Matrix]:
-        """Fits one transform to the windows of all captures, from coarse to fine."""
+    def _refine(
+        self, pairs: Pairs, start: _Start
+    ) -> tuple[TransformKind, Matrix, tuple[Pool, Matrix] | None]:
+        """Fits one transform to the windows of all captures, from coarse to fine.
+
+        Returns:
+            its kind, the transform (3, 3), and what it came from, as `measure` takes it.
+        """
         asked = self.limits["kind"]
         transform = start.transform
         kinds, correction = steps_to(asked), np.eye(3)
         kind: TransformKind = kinds[0] if asked == "auto" else asked
         if not start.num_agreeing:
-            return kind, transform  # the matches alone speak for it
+            return kind, transform, None  # the matches alone speak for it
         everything = list(range(len(pairs)))
         sides = pyramid(max(pairs.vis_size))
         for side in sides[1:-1]:
@@ -374,10 +380,10 @@ class _Search:
                 transform = pool.level.full(fit(pool, kinds, (1.0, 0.5))[0])
         pool = gather(pairs, everything, transform, sides[-1], radius=6, across=14)
         if pool is None:
-            return kind, transform
+            return kind, transform, None
         correction, _ = fit(pool, kinds, (1.0, 0.5))
         kind, correction = choose_kind(pool, asked, correction)
-        return kind, pool.level.full(correction)
+        return kind, pool.level.full(correction), (pool, correction)
 
     def _conclude(
         self,

@@ -261,7 +261,9 @@ def own_shift(surfaces: NDArray[np.float32], centres: Matrix) -> OwnShift:
     return OwnShift(at[2], float(np.linalg.norm(at[0] - at[1]) / 2), float(crossed.mean()))
 
 
-def measure(pairs: Pairs, rows: Sequence[int], transform: Matrix) -> Residuals:
+def measure(
+    pairs: Pairs, rows: Sequence[int], transform: Matrix, known: tuple[Pool, Matrix] | None = None
+) -> Residuals:
     """How far each capture lies from where a transform takes it.
 
     At the finest resolution first; captures that say nothing there are looked at again over a wider range
@@ -270,6 +272,8 @@ def measure(pairs: Pairs, rows: Sequence[int], transform: Matrix) -> Residuals:
     Args:
         rows: captures to look at.
         transform: (3, 3) from visible to ir pixels.
+        known: a pool of these captures at the finest resolution, and the small correction (3, 3) that led
+            from it to the transform; None gathers one.
     """
     finest = pyramid(max(pairs.vis_size))[-1]
     names = tuple(pairs.names[row] for row in rows)
@@ -278,10 +282,15 @@ def measure(pairs: Pairs, rows: Sequence[int], transform: Matrix) -> Residuals:
     support = np.zeros(len(rows))
     points, displaced = np.empty((0, 2)), np.empty((0, 2))
     near: list[NDArray[np.bool_]] = []
+    pool: Pool | None
     todo = list(rows)
     for side, search in ((finest, _FINE), (FIRST_SIDE, _WIDE)):
-        pool = gather(pairs, todo, transform, side, **search) if todo else None
-        if pool is None:
+        expected = np.zeros(2)
+        if known is not None and search is _FINE:
+            pool, correction = known
+            centres = pool.level.centres
+            expected = (transform_points(correction, centres) - centres).mean(axis=0)
+        elif not todo or (pool := gather(pairs, todo, transform, side, **search)) is None:
             continue
         to_ir = _pixels_of(pool.level)
         reach = search["radius"] - 1.0
@@ -293,7 +302,10 @@ def measure(pairs: Pairs, rows: Sequence[int], transform: Matrix) -> Residuals:
             support[i] = max(support[i], found.support)
             if found.support < LEAST_SUPPORT or np.abs(found.at).max() > reach:
                 continue
-            shifts[i], errors[i] = to_ir @ found.at, found.error * np.sqrt(abs(np.linalg.det(to_ir)))
+            shifts[i], errors[i] = (
+                to_ir @ (found.at - expected),
+                found.error * np.sqrt(abs(np.linalg.det(to_ir))),
+            )
             todo.remove(int(row))
             at, height = peaks(surfaces)
             clear = height > _CLEAR_PEAK
@@ -325,3 +337,37 @@ def _field(points: Matrix, displaced: Matrix) -> tuple[Matrix, Matrix]:
         if len(mine) >= _LEAST_CLEAR:
             means[i] = np.median(mine, axis=0)
     return grid, means
+
+
+def refine_capture(vis: Image, ir: Image, transform: Matrix) -> Matrix | None:
+    """A transform that one capture supports more than that of its rig; None if it supports none more.
+
+    Support is what windows vote for a correction that was fitted without them. A correction is a shift first,
+    and a similarity where that gains more.
+
+    Args:
+        vis, ir: (H, W) float32 grey.
+        transform: (3, 3) from visible to ir pixels.
+    """
+    best: Matrix | None = None
+    for side, search in ((FIRST_SIDE, _WIDE), (pyramid(max(vis.shape))[-1], _FINE)):
+        level = make_level(vis, ir, transform if best is None else best, side, **search)
+        if level is None:
+            continue
+        surfaces = smooth(level.surfaces, 0.7)
+        found = own_shift(surfaces, level.centres)
+        if found.support < LEAST_SUPPORT or np.abs(found.at).max() > search["radius"] - 1:
+            continue
+        correction = np.eye(3)
+        support = float(votes(surfaces, level.centres, correction).mean())
+        shift = np.eye(3)
+        shift[:2, 2] = found.at
+        if found.support > support * _KIND_GAIN:
+            correction, support = shift, found.support
+        one = Pool(level, np.zeros(len(level.centres), np.int64))
+        turned = float(_held_out_by_capture(one, "similarity", shift)[0])
+        if turned > support * _KIND_GAIN:
+            correction = maximise_votes([surfaces], level.centres, "similarity", shift)
+        if not np.array_equal(correction, np.eye(3)):
+            best = level.full(correction)
+    return best

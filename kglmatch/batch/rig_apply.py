@@ -1,0 +1,435 @@
+"""Warping the captures of a flight onto the reference of its rig: in parallel, and resumed after any kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kglmatch.batch.captures import Capture, as_captures
+from kglmatch.batch.rig import image_size
+from kglmatch.batch.rig_files import Metadata, read_metadata, write_bands
+from kglmatch.batch.rig_pool import refine_capture
+from kglmatch.batch.rig_results import Rig, RigBand
+from kglmatch.errors import DataError, ImageError, KGLMatchError, OutputError
+from kglmatch.files import atomic_output, make_folder
+from kglmatch.images import load_image, read_image_raw
+from kglmatch.progress import steps
+from kglmatch.resampling import warp_image
+
+Matrix = NDArray[np.float64]
+S = TypeVar("S")
+T = TypeVar("T")
+
+JOB, LOG, LOCK = "job.json", "captures.jsonl", ".lock"
+_LOOKED_AT = 5  # captures whose size must fit before anything is written
+_AHEAD = 2  # captures a worker that are begun before the first of them has ended
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """What `apply_rig` did.
+
+    Attributes:
+        written: captures that were written by this run.
+        present: captures that an earlier run had written.
+        refined: captures of this run of which at least one band was refined.
+        problems: captures that were not written -> why.
+        crop: (left, top, width, height) of the reference that the outputs show.
+    """
+
+    written: tuple[str, ...]
+    present: tuple[str, ...]
+    refined: tuple[str, ...]
+    problems: dict[str, str]
+    crop: tuple[int, int, int, int]
+
+
+def apply_rig(
+    rig: Rig,
+    captures: str | os.PathLike[str] | Iterable[Capture | Mapping[str, Any]],
+    out: str | os.PathLike[str],
+    *,
+    bands: Sequence[str] | None = None,
+    stack: bool = True,
+    crop: bool = False,
+    refine: bool = False,
+    nodata: float | None = None,
+    force: bool = False,
+    workers: int | None = None,
+    progress: bool = False,
+) -> ApplyReport:
+    """Warps all bands of every capture onto its reference, and writes them.
+
+    Stopped at any moment, by a kill too, it resumes when it is called again with the same arguments: a
+    capture that is there is whole, and is not made twice.
+
+    Args:
+        rig: of these captures, see `calibrate_rig`.
+        captures: as for `calibrate_rig`.
+        out: folder; made if missing. Holds CAPTURE.tif, or CAPTURE_BAND.tif; `job.json`, what is done
+            here; `captures.jsonl`, a line a capture.
+        bands: to write beside the reference, in this order; None for all of the rig.
+        stack: one file a capture; else a file a band, each with the metadata of its own image.
+        crop: to the part of the reference that all bands cover, the same for all captures.
+        refine: refine each capture about the rig's transform, where windows that were held out of the fit
+            support that more.
+        nodata: value of pixels that a band does not cover; None fills 0, and does not mark it as nodata.
+        force: warp bands too whose verdict is "varies" or "doubtful".
+        workers: threads; None for one a core.
+        progress: draw a progress bar on a terminal.
+
+    Returns:
+        `ApplyReport`. A capture that cannot be read, or lacks a band, is one of its `problems`.
+
+    Raises:
+        DataError: the captures are of another camera, or none has the reference or a band.
+        KGLMatchError: a band that failed, or one that one transform does not serve (without `refine`).
+        OutputError: the folder belongs to another job, is in use by one, or cannot be written.
+    """
+    if workers is not None and workers < 1:
+        raise KGLMatchError(f"workers must be 1 or more, got {workers}")
+    chosen = [rig[name] for name in bands] if bands is not None else list(rig.bands)
+    _check_verdicts(chosen, refine, force)
+    listed = as_captures(captures)
+    _check_camera(rig, chosen, listed)
+    area = common_area(rig, chosen) if crop else (0, 0, *rig.size)
+    settings = {
+        "job": "rig apply",
+        "rig": hashlib.sha256(json.dumps(rig.to_dict(), sort_keys=True).encode()).hexdigest(),
+        "captures": str(Path(captures).resolve()) if isinstance(captures, (str, os.PathLike)) else None,
+        "bands": [rig.reference, *(band.name for band in chosen)],
+        "stack": stack,
+        "crop": list(area),
+        "refine": refine,
+        "nodata": nodata,
+    }
+    with _job(Path(out), settings) as log:
+        work = _Work(rig, chosen, area, Path(out), stack, refine, nodata, log)
+        present = [capture.name for capture in listed if work.is_done(capture)]
+        there = set(present)
+        todo = [capture for capture in listed if capture.name not in there]
+        count = workers or os.cpu_count() or 1
+        written, refined, problems = [], [], {}
+        with ThreadPoolExecutor(count) as threads:
+            results = in_order(threads, work.do, todo, _AHEAD * count)
+            for capture, (problem, moved) in steps_of(results, len(todo), progress):
+                if problem is not None:
+                    problems[capture.name] = problem
+                else:
+                    written.append(capture.name)
+                if moved:
+                    refined.append(capture.name)
+        log.compact([capture.name for capture in listed])
+    return ApplyReport(tuple(written), tuple(present), tuple(refined), problems, area)
+
+
+def steps_of(items: Iterator[T], count: int, show: bool) -> Iterable[T]:
+    """`progress.steps` for an iterator whose length is known."""
+    return steps(_Sized(items, count), "warping", show=show)
+
+
+class _Sized:
+    def __init__(self, items: Iterator[Any], count: int) -> None:
+        self._items, self._count = items, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._items
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def in_order(
+    threads: ThreadPoolExecutor, task: Callable[[S], T], items: Iterable[S], ahead: int
+) -> Iterator[tuple[S, T]]:
+    """Each item with what the task gives for it, in order; no more than `ahead` are begun at a time."""
+    begun: deque[tuple[S, Future[T]]] = deque()
+    try:
+        for item in items:
+            begun.append((item, threads.submit(task, item)))
+            if len(begun) >= ahead:
+                first, future = begun.popleft()
+                yield first, future.result()
+        while begun:
+            first, future = begun.popleft()
+            yield first, future.result()
+    finally:
+        for _, future in begun:
+            future.cancel()
+
+
+# --- before the work ------------------------------------------------------------------------------
+
+
+def _check_verdicts(bands: Sequence[RigBand], refine: bool, force: bool) -> None:
+    if not bands:
+        raise KGLMatchError("there is no band to warp")
+    if len({band.name for band in bands}) < len(bands):
+        raise KGLMatchError(f"a band is named twice: {', '.join(band.name for band in bands)}")
+    for band in bands:
+        if band.transform is None:
+            raise KGLMatchError(f"band {band.name} failed ({band.reason}): leave it out by naming the others")
+        if band.verdict == "registered" or force or (refine and band.verdict == "varies"):
+            continue
+        way = "refine each capture, force it" if band.verdict == "varies" else "force it"
+        raise KGLMatchError(f"band {band.name} is not to be warped ({band.reason}): {way}, or leave it out")
+
+
+def _check_camera(rig: Rig, bands: Sequence[RigBand], captures: Sequence[Capture]) -> None:
+    if not captures:
+        raise DataError("there are no captures to warp")
+    sizes = {rig.reference: rig.size, **{band.name: band.size for band in bands}}
+    for band, expected in sizes.items():
+        having = [capture for capture in captures if band in capture.bands]
+        if not having:
+            raise DataError(f"no capture has band {band}, which the rig names")
+        found = []
+        for capture in having[:_LOOKED_AT]:
+            try:
+                found.append(image_size(capture.bands[band]))
+            except ImageError:
+                continue  # its own problem, later
+        if found and expected not in found:
+            raise DataError(
+                f"the rig is of another camera: band {band} is {found[0][0]} x {found[0][1]}, "
+                f"the rig's is {expected[0]} x {expected[1]}"
+            )
+
+
+def common_area(rig: Rig, bands: Sequence[RigBand]) -> tuple[int, int, int, int]:
+    """The part of the reference that all bands cover: left, top, width, height.
+
+    Raises:
+        KGLMatchError: there is none.
+    """
+    covered = np.ones(rig.size[::-1], bool)
+    for band in bands:
+        if band.transform is not None:
+            covered &= covered_by(band.transform, band.size, rig.size)
+    left, top, right, bottom = 0, 0, *rig.size
+    while left < right and top < bottom:
+        part = covered[top:bottom, left:right]
+        edges = [part[:, 0], part[0], part[:, -1], part[-1]]
+        lacking = [1 - float(edge.mean()) for edge in edges]
+        worst = int(np.argmax(lacking))
+        if lacking[worst] == 0:
+            return left, top, right - left, bottom - top
+        left, top = left + (worst == 0), top + (worst == 1)
+        right, bottom = right - (worst == 2), bottom - (worst == 3)
+    raise KGLMatchError("the bands have no part of the reference in common")
+
+
+def covered_by(transform: Matrix, size: tuple[int, int], frame: tuple[int, int]) -> NDArray[np.bool_]:
+    """(height, width) of a frame: which pixels an image of `size` (width, height) covers."""
+    x, y = np.meshgrid(np.arange(frame[0], dtype=float), np.arange(frame[1], dtype=float))
+    depth = transform[2, 0] * x + transform[2, 1] * y + transform[2, 2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        u = (transform[0, 0] * x + transform[0, 1] * y + transform[0, 2]) / depth
+        v = (transform[1, 0] * x + transform[1, 1] * y + transform[1, 2]) / depth
+    slack = 1e-6
+    inside: NDArray[np.bool_] = (u >= -slack) & (v >= -slack)
+    return inside & (u <= size[0] - 1 + slack) & (v <= size[1] - 1 + slack) & (depth > 0)
+
+
+# --- one capture ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Work:
+    """What is done with each capture."""
+
+    rig: Rig
+    bands: Sequence[RigBand]
+    area: tuple[int, int, int, int]
+    out: Path
+    stack: bool
+    refine: bool
+    nodata: float | None
+    log: _Log
+
+    def files(self, capture: Capture) -> dict[str, Path]:
+        """Where each band goes."""
+        names = [self.rig.reference, *(band.name for band in self.bands)]
+        if self.stack:
+            return dict.fromkeys(names, self.out / f"{capture.name}.tif")
+        return {name: self.out / f"{capture.name}_{name}.tif" for name in names}
+
+    def is_done(self, capture: Capture) -> bool:
+        """Whether all its files are there; each is whole, or is not."""
+        return all(path.is_file() for path in self.files(capture).values())
+
+    def do(self, capture: Capture) -> tuple[str | None, list[str]]:
+        """Warps and writes a capture: what was wrong with it, if anything, and the bands that were refined."""
+        try:
+            images = self._read(capture)
+            transforms = self._transforms(images)
+            warped = {self.rig.reference: self._cut(images[self.rig.reference])}
+            for band in self.bands:
+                transform = transforms.get(band.name, band.transform)
+                warped[band.name] = self._warp(images[band.name], transform, band.name)
+            self.log.add(
+                capture.name, {"refined": {name: matrix.tolist() for name, matrix in transforms.items()}}
+            )
+            self._write(capture, warped)
+        except OutputError:
+            raise
+        except KGLMatchError as error:
+            self.log.add(capture.name, {"error": str(error)})
+            return str(error), []
+        return None, list(transforms)
+
+    def _read(self, capture: Capture) -> dict[str, NDArray[Any]]:
+        images = {}
+        sizes = {self.rig.reference: self.rig.size, **{band.name: band.size for band in self.bands}}
+        for name, size in sizes.items():
+            if name not in capture.bands:
+                raise DataError(f"has no band {name}")
+            source = capture.bands[name]
+            path = isinstance(source, (str, os.PathLike))
+            images[name] = read_image_raw(source) if path else np.asarray(source)
+            found = images[name].shape[1::-1]
+            if found != size:
+                what = source if path else f"band {name}"
+                raise ImageError(
+                    f"{what} is {found[0]} x {found[1]}, the rig's band {name} is {size[0]} x {size[1]}"
+                )
+        return images
+
+    def _transforms(self, images: dict[str, NDArray[Any]]) -> dict[str, Matrix]:
+        """The transforms that this capture supports more than the rig's."""
+        if not self.refine:
+            return {}
+        vis = load_image(images[self.rig.reference])
+        found = {}
+        for band in self.bands:
+            if band.transform is None:
+                continue
+            transform = refine_capture(vis, load_image(images[band.name]), band.transform)
+            if transform is not None:
+                found[band.name] = transform
+        return found
+
+    def _cut(self, image: NDArray[Any]) -> NDArray[Any]:
+        left, top, width, height = self.area
+        return np.ascontiguousarray(image[top : top + height, left : left + width])
+
+    def _warp(self, image: NDArray[Any], transform: Matrix | None, name: str) -> NDArray[Any]:
+        if transform is None:
+            raise KGLMatchError(f"band {name} has no transform")
+        left, top, width, height = self.area
+        to_area = np.array([[1, 0, left], [0, 1, top], [0, 0, 1.0]])
+        return warp_image(image, transform @ to_area, (width, height), nodata=self.nodata or 0)
+
+    def _write(self, capture: Capture, warped: dict[str, NDArray[Any]]) -> None:
+        files = self.files(capture)
+        make_folder(next(iter(files.values())).parent)
+        if self.stack:
+            metadata = read_metadata(capture.bands[self.rig.reference])
+            path = files[self.rig.reference]
+            write_bands(path, list(warped.values()), list(warped), metadata=metadata, nodata=self.nodata)
+            return
+        for name, image in warped.items():
+            own: Metadata = read_metadata(capture.bands[name])
+            write_bands(files[name], [image], [name], metadata=own, nodata=self.nodata)
+
+
+# --- the output folder ----------------------------------------------------------------------------
+
+
+@dataclass
+class _Log:
+    """A line a capture, in the order in which they were done; the last of a name counts."""
+
+    path: Path
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, name: str, facts: dict[str, Any]) -> None:
+        line = json.dumps({"capture": name, **facts}) + "\n"
+        with self._lock:
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError as error:
+                raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def compact(self, names: Sequence[str]) -> None:
+        """Leaves one line a capture, in the order of the names."""
+        last: dict[str, str] = {}
+        if not self.path.is_file():
+            return
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                last[json.loads(line)["capture"]] = line
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off by a kill
+        with atomic_output(self.path) as temporary:
+            temporary.write_text("".join(f"{last[n]}\n" for n in names if n in last), encoding="utf-8")
+
+
+@contextmanager
+def _job(out: Path, settings: dict[str, Any]) -> Iterator[_Log]:
+    """The output folder, locked, and known to be of this job.
+
+    Raises:
+        OutputError: it is another job's, in use, or cannot be written.
+    """
+    if out.is_dir() and not (out / JOB).is_file() and any(p.name != LOCK for p in out.iterdir()):
+        raise OutputError(f"cannot write to {out}: the folder exists and is not empty; name a new one")
+    make_folder(out)
+    with _locked(out):
+        if (out / JOB).is_file():
+            try:
+                before = json.loads((out / JOB).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise OutputError(f"cannot read {out / JOB}: {error}; name a new folder") from error
+            differing = [
+                key for key in settings if not isinstance(before, dict) or before.get(key) != settings[key]
+            ]
+            if differing:
+                raise OutputError(
+                    f"{out} holds the outputs of another job ({', '.join(differing)} differ); name a new folder"
+                )
+        else:
+            with atomic_output(out / JOB) as temporary:
+                temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        for stale in out.rglob(".tmp-*"):  # of a run that was killed: nobody else writes here
+            stale.unlink(missing_ok=True)
+        yield _Log(out / LOG)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder; the system lets go when this one ends, however it does."""
+    try:
+        file = (out / LOCK).open("a")
+    except OSError as error:
+        raise OutputError(f"cannot write to {out}: {error.strerror or error}") from error
+    with file:
+        try:
+            _lock_file(file.fileno())
+        except OSError as error:
+            raise OutputError(f"{out} is in use by another run; wait until it has ended") from error
+        yield
+
+
+def _lock_file(descriptor: int) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        getattr(msvcrt, "locking")(descriptor, getattr(msvcrt, "LK_NBLCK"), 1)  # noqa: B009
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

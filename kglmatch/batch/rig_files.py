@@ -1,0 +1,199 @@
+"""Stacks of bands as TIFF files, with the names, the types and the metadata of what they were made from."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from kglmatch.errors import ImageError, OutputError
+from kglmatch.files import atomic_output
+from kglmatch.options import __version__
+
+_EXIF, _GPS, _XMP = 0x8769, 0x8825, 700
+_DESCRIPTION, _MAKE, _MODEL, _DATE = 270, 271, 272, 306
+_PAGE_NAME, _GDAL_METADATA, _GDAL_NODATA = 285, 42112, 42113
+_TYPES = ("bool", "uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")
+_LARGEST = (1 << 32) - (1 << 25)  # bytes: above it, offsets of 32 bits do not reach
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What an image file says about how it was taken.
+
+    Attributes:
+        texts: TIFF tag -> text: description, make, model, date.
+        xmp: the packet as it is, or empty.
+        exif, gps: tag -> value, of the EXIF and GPS directories.
+    """
+
+    texts: dict[int, str] = field(default_factory=dict)
+    xmp: bytes = b""
+    exif: dict[int, Any] = field(default_factory=dict)
+    gps: dict[int, Any] = field(default_factory=dict)
+
+
+def read_metadata(image: Any) -> Metadata:
+    """The metadata of an image file; empty for anything else, or where nothing can be read."""
+    if not isinstance(image, (str, os.PathLike)):
+        return Metadata()
+    try:
+        with Image.open(image) as opened:
+            exif = opened.getexif()
+            xmp = opened.info.get("xmp") or exif.get(_XMP) or b""
+            texts = {tag: str(exif[tag]) for tag in (_DESCRIPTION, _MAKE, _MODEL, _DATE) if tag in exif}
+            details, gps = dict(exif.get_ifd(_EXIF)), dict(exif.get_ifd(_GPS))
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, UnidentifiedImageError):
+        return Metadata()
+    return Metadata(texts, xmp if isinstance(xmp, bytes) else str(xmp).encode(), details, gps)
+
+
+def write_bands(
+    path: str | os.PathLike[str],
+    bands: Sequence[NDArray[Any]],
+    names: Sequence[str],
+    *,
+    metadata: Metadata | None = None,
+    nodata: float | None = None,
+) -> None:
+    """Writes bands as one TIFF, lossless (deflate), whole or not at all.
+
+    Bands of one type become the planes of one image, whose names GDAL and QGIS show; otherwise each is a page
+    of its own type, with its name as PageName.
+
+    Args:
+        path: .tif or .tiff.
+        bands: (H, W) each, or (H, W, C); bool becomes 0 and 255.
+        names: of the bands.
+        metadata: of the image that the pixels belong to.
+        nodata: value of pixels without data.
+
+    Raises:
+        ImageError: a type that TIFF does not hold.
+        OutputError: the file cannot be written.
+    """
+    for band, name in zip(bands, names, strict=True):
+        if band.dtype.name not in _TYPES:
+            raise ImageError(f"band {name} has type {band.dtype}; a stack holds {', '.join(_TYPES)}")
+    pixels = [band.astype(np.uint8) * 255 if band.dtype == np.bool_ else band for band in bands]
+    metadata = metadata or Metadata()
+    planes = len({(band.shape, band.dtype) for band in pixels}) == 1 and pixels[0].ndim == 2
+    with atomic_output(path) as temporary:
+        try:
+            with tifffile.TiffWriter(temporary) as file:
+                if planes:
+                    tags = _tags(metadata, nodata) + _gdal_names(names)
+                    _write(file, np.stack(pixels), tags, metadata, len(pixels))
+                else:
+                    for i, (band, name) in enumerate(zip(pixels, names, strict=True)):
+                        tags = _tags(metadata if i == 0 else Metadata(), nodata)
+                        tags.append((_PAGE_NAME, "s", 0, name, True))
+                        _write(file, band, tags, metadata if i == 0 else Metadata(), 1)
+            if temporary.stat().st_size < _LARGEST:
+                _add_directories(temporary, metadata)
+        except (struct.error, ValueError) as error:
+            if isinstance(error, ImageError):
+                raise
+            raise OutputError(f"cannot write {path}: {error}") from error
+
+
+Tag = tuple[int, str, int, Any, bool]
+
+
+def _write(
+    file: tifffile.TiffWriter, pixels: NDArray[Any], tags: list[Tag], metadata: Metadata, planes: int
+) -> None:
+    colour = planes == 1 and pixels.ndim == 3 and pixels.shape[2] in (3, 4)
+    if planes == 1 and pixels.ndim == 3 and pixels.shape[0] == 1:
+        pixels = pixels[0]
+    extra = planes - 1 if planes > 1 else pixels.shape[2] - (3 if colour else 1) if pixels.ndim == 3 else 0
+    file.write(
+        pixels,
+        photometric="rgb" if colour else "minisblack",
+        planarconfig=None if pixels.ndim == 2 else "separate" if planes > 1 else "contig",
+        extrasamples=["unspecified" if planes > 1 else "unassalpha"] * extra or None,
+        compression="zlib",
+        # Differences of floats need a codec that is not always there.
+        predictor=pixels.dtype.kind in "iu",
+        software=f"kglmatch {__version__}",
+        description=metadata.texts.get(_DESCRIPTION, "").encode("utf-8") or None,
+        datetime=metadata.texts.get(_DATE) if len(metadata.texts.get(_DATE, "")) == 19 else None,
+        extratags=tags,
+        metadata=None,
+    )
+
+
+def _tags(metadata: Metadata, nodata: float | None) -> list[Tag]:
+    tags: list[Tag] = []
+    for tag in (_MAKE, _MODEL):
+        if tag in metadata.texts:
+            tags.append((tag, "s", 0, metadata.texts[tag].encode("utf-8", "replace"), True))
+    if metadata.xmp:
+        tags.append((_XMP, "B", len(metadata.xmp), metadata.xmp, True))
+    # The places of directories that are appended when the file is there.
+    for tag, directory in ((_EXIF, metadata.exif), (_GPS, metadata.gps)):
+        if directory:
+            tags.append((tag, "I", 1, 0, True))
+    if nodata is not None:
+        tags.append((_GDAL_NODATA, "s", 0, f"{nodata:.17g}", True))
+    return tags
+
+
+def _gdal_names(names: Sequence[str]) -> list[Tag]:
+    items = "".join(
+        f'<Item name="DESCRIPTION" sample="{i}" role="description">{escape(name)}</Item>'
+        for i, name in enumerate(names)
+    )
+    return [(_GDAL_METADATA, "s", 0, f"<GDALMetadata>{items}</GDALMetadata>".encode(), True)]
+
+
+def _add_directories(path: Path, metadata: Metadata) -> None:
+    """Appends the EXIF and GPS directories to a TIFF, and points at them."""
+    with tifffile.TiffFile(path) as tiff:
+        byteorder = tiff.byteorder
+        tags = tiff.pages.first.tags
+        places = {tag: tags[tag].offset + 8 for tag in (_EXIF, _GPS) if tag in tags}
+    order = b"II" if byteorder == "<" else b"MM"
+    with path.open("r+b") as file:
+        for tag, values in ((_EXIF, metadata.exif), (_GPS, metadata.gps)):
+            if tag not in places:
+                continue
+            file.seek(0, os.SEEK_END)
+            file.write(b"\0" * (file.tell() % 2))
+            start = file.tell()
+            file.write(_directory(values, tag, order, start))
+            file.seek(places[tag])
+            file.write(struct.pack(f"{byteorder}I", start))
+
+
+def _directory(values: dict[int, Any], group: int, order: bytes, offset: int) -> bytes:
+    """A TIFF directory that is to stand at `offset`; values that Pillow cannot write are left out."""
+    header = order + (b"\x2a\0" if order == b"II" else b"\0\x2a") + b"\0\0\0\0"
+    kept = ImageFileDirectory_v2(header, group=group)
+    for tag, value in values.items():
+        alone = ImageFileDirectory_v2(header, group=group)
+        try:
+            alone[tag] = value
+            alone.tobytes(0)
+        except (
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            struct.error,
+            OverflowError,
+            ZeroDivisionError,
+        ):
+            continue
+        kept[tag] = value
+    return kept.tobytes(offset)
