@@ -105,7 +105,7 @@ def as_captures(captures: str | os.PathLike[str] | Iterable[Capture | Mapping[st
             their position.
 
     Raises:
-        DataError: as for `find_captures`, or two captures of one name.
+        DataError: as for `find_captures`, two captures of one name, or a name that leads out of a folder.
     """
     if isinstance(captures, (str, os.PathLike)):
         return find_captures(captures)
@@ -117,6 +117,9 @@ def as_captures(captures: str | os.PathLike[str] | Iterable[Capture | Mapping[st
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"two captures are named {twice}")
+    for name in names:
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DataError(f"a capture cannot be named {name!r}: outputs are named by it")
     return listed
 
 

@@ -404,7 +404,7 @@ class _Search:
         if verdict == "registered" and len(judged) < _FEWEST_JUDGED * len(pairs):
             verdict = "doubtful"
         reason = _why(verdict, len(judged), agreeing, len(pairs), residuals.spread, self.tolerance)
-        if verdict == "registered" and (objection := _objection(residuals, agreeing, trend, self.tolerance)):
+        if verdict == "registered" and (objection := objection(residuals, agreeing, trend, self.tolerance)):
             verdict, reason = "varies", f"one transform does not serve this flight: {objection}"
         failed = verdict == "failed"
         return replace(
@@ -552,7 +552,7 @@ def _trend(of: Literal["height", "time"], values: Matrix, shifts: Matrix) -> Tre
     return Trend(of, share, float(np.linalg.norm(unit @ away) * np.ptp(unit)))
 
 
-def _objection(residuals: Residuals, agreeing: int, trend: Trend | None, tolerance: float) -> str | None:
+def objection(residuals: Residuals, agreeing: int, trend: Trend | None, tolerance: float) -> str | None:
     """Why one transform does not serve the captures; None if it does."""
     judged = int(residuals.judged.sum())
     if trend is not None and trend.pixels > 2 * tolerance:

@@ -115,6 +115,10 @@ def apply_rig(
         "refine": refine,
         "nodata": nodata,
     }
+    if isinstance(captures, (str, os.PathLike)) and Path(out).resolve().is_relative_to(
+        Path(captures).resolve()
+    ):
+        raise OutputError(f"cannot write to {out}: it is within the captures; name a folder outside")
     with _job(Path(out), settings) as log:
         work = _Work(rig, chosen, area, Path(out), stack, refine, nodata, log)
         present = [capture.name for capture in listed if work.is_done(capture)]
@@ -271,7 +275,7 @@ class _Work:
         return all(path.is_file() for path in self.files(capture).values())
 
     def do(self, capture: Capture) -> tuple[str | None, list[str]]:
-        """Warps and writes a capture: what was wrong with it, if anything, and the bands that were refined."""
+        """Warps and writes a capture: what was wrong with it, if anything, and the refined bands."""
         try:
             images = self._read(capture)
             transforms = self._transforms(images)
@@ -394,12 +398,11 @@ def _job(out: Path, settings: dict[str, Any]) -> Iterator[_Log]:
                 before = json.loads((out / JOB).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise OutputError(f"cannot read {out / JOB}: {error}; name a new folder") from error
-            differing = [
-                key for key in settings if not isinstance(before, dict) or before.get(key) != settings[key]
-            ]
+            before = before if isinstance(before, dict) else {}
+            differing = ", ".join(key for key in settings if before.get(key) != settings[key])
             if differing:
                 raise OutputError(
-                    f"{out} holds the outputs of another job ({', '.join(differing)} differ); name a new folder"
+                    f"{out} holds the outputs of another job ({differing} differ); name a new folder"
                 )
         else:
             with atomic_output(out / JOB) as temporary:

@@ -24,6 +24,7 @@ _EXIF, _GPS, _XMP = 0x8769, 0x8825, 700
 _DESCRIPTION, _MAKE, _MODEL, _DATE = 270, 271, 272, 306
 _PAGE_NAME, _GDAL_METADATA, _GDAL_NODATA = 285, 42112, 42113
 _TYPES = ("bool", "uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")
+_UNWRITABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, struct.error)
 _LARGEST = (1 << 32) - (1 << 25)  # bytes: above it, offsets of 32 bits do not reach
 
 
