@@ -404,8 +404,9 @@ class _Search:
         if verdict == "registered" and len(judged) < _FEWEST_JUDGED * len(pairs):
             verdict = "doubtful"
         reason = _why(verdict, len(judged), agreeing, len(pairs), residuals.spread, self.tolerance)
-        if verdict == "registered" and (objection := objection(residuals, agreeing, trend, self.tolerance)):
-            verdict, reason = "varies", f"one transform does not serve this flight: {objection}"
+        against = objection(residuals, agreeing, trend, self.tolerance)
+        if verdict == "registered" and against is not None:
+            verdict, reason = "varies", f"one transform does not serve this flight: {against}"
         failed = verdict == "failed"
         return replace(
             nothing,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from kglmatch.batch.captures import Capture, as_captures, choose_reference
 from kglmatch.batch.rig import Flight, find_trend, objection, spread
 from kglmatch.batch.rig_pool import measure
 from kglmatch.batch.rig_results import Residuals, Rig, Trend, trend_to_dict
-from kglmatch.errors import DataError, KGLMatchError
+from kglmatch.errors import DataError, KGLMatchError, OutputError
 from kglmatch.files import atomic_output
 
 _COLUMNS = ("capture", "band", "judged", "dx", "dy", "error", "support")
+_PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +171,14 @@ def check_rig(
     return RigCheck(tuple(checks), rig.tolerance, rig.size, flight.problems)
 
 
+def check_picture_name(path: str | os.PathLike[str]) -> None:
+    """Raises where `draw_check` would for the name, or without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise KGLMatchError("drawing residuals needs matplotlib: pip install matplotlib")
+    if Path(path).suffix.lower() not in _PICTURES:
+        raise OutputError(f"cannot draw to {os.fspath(path)}: the name must end in {' or '.join(_PICTURES)}")
+
+
 def draw_check(check: RigCheck, path: str | os.PathLike[str]) -> None:
     """Draws the residuals of each band over the flight, and what all captures leave over the image.
 
@@ -176,16 +186,13 @@ def draw_check(check: RigCheck, path: str | os.PathLike[str]) -> None:
         path: a picture that matplotlib writes: .png, .pdf, .svg or .jpg.
 
     Raises:
-        KGLMatchError: matplotlib is not there, or does not know the ending.
-        OutputError: the file cannot be written.
+        KGLMatchError: matplotlib is not there.
+        OutputError: another ending, or a file that cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise KGLMatchError("drawing residuals needs matplotlib: pip install matplotlib") from error
-    if Path(path).suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
-        raise KGLMatchError(f"cannot draw to {path}: expected a name that ends in .png, .pdf, .svg or .jpg")
+    check_picture_name(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 2.6 * len(check.bands)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(check.bands), 2, squeeze=False, width_ratios=(2.2, 1))

@@ -85,7 +85,7 @@ class Residuals:
     def agreeing(self, tolerance: float) -> NDArray[np.bool_]:
         """(N,) which captures the transform serves to within `tolerance` pixels and their own error."""
         with np.errstate(invalid="ignore"):
-            return np.less_equal(self.lengths, tolerance + np.minimum(self.errors, tolerance))
+            return np.asarray(self.lengths <= tolerance + np.minimum(self.errors, tolerance))
 
 
 @dataclass(frozen=True, eq=False)
