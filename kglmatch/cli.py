@@ -16,7 +16,19 @@ from kglmatch import __version__
 from kglmatch.errors import KGLMatchError
 
 # Modules of `kglmatch.commands`, in the order in which --help lists them.
-COMMANDS = ("match", "register", "check", "score", "export", "eval", "train", "info", "convert")
+COMMANDS = (
+    "match",
+    "register",
+    "check",
+    "rig",
+    "apply",
+    "score",
+    "export",
+    "eval",
+    "train",
+    "info",
+    "convert",
+)
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130

@@ -102,23 +102,22 @@ def apply_rig(
         raise KGLMatchError(f"workers must be 1 or more, got {workers}")
     chosen = [rig[name] for name in bands] if bands is not None else list(rig.bands)
     _check_verdicts(chosen, refine, force)
+    source = Path(captures).resolve() if isinstance(captures, (str, os.PathLike)) else None
+    if source is not None and Path(out).resolve().is_relative_to(source):
+        raise OutputError(f"cannot write to {out}: it is within the captures; name a folder outside")
     listed = as_captures(captures)
     _check_camera(rig, chosen, listed)
     area = common_area(rig, chosen) if crop else (0, 0, *rig.size)
     settings = {
         "job": "rig apply",
         "rig": hashlib.sha256(json.dumps(rig.to_dict(), sort_keys=True).encode()).hexdigest(),
-        "captures": str(Path(captures).resolve()) if isinstance(captures, (str, os.PathLike)) else None,
+        "captures": None if source is None else str(source),
         "bands": [rig.reference, *(band.name for band in chosen)],
         "stack": stack,
         "crop": list(area),
         "refine": refine,
         "nodata": nodata,
     }
-    if isinstance(captures, (str, os.PathLike)) and Path(out).resolve().is_relative_to(
-        Path(captures).resolve()
-    ):
-        raise OutputError(f"cannot write to {out}: it is within the captures; name a folder outside")
     with _job(Path(out), settings) as log:
         work = _Work(rig, chosen, area, Path(out), stack, refine, nodata, log)
         present = [capture.name for capture in listed if work.is_done(capture)]

@@ -46,10 +46,11 @@ EPILOG = """examples:
   kglmatch rig check rig.json flight/ -o residuals.png --table residuals.csv
   kglmatch rig apply rig.json flight/ -o stacks/ --crop
 """
-CALIBRATE_EPILOG = """exit code: 0 if every band is registered, 1 if one transform does not serve the flight for some band, or
-a band is doubtful or failed (rig.json says so; rig apply refuses such bands), 2 for a mistake.
+CALIBRATE_EPILOG = """exit code: 0 if every band is registered, 1 if one transform does not serve the flight for some
+band, or a band is doubtful or failed (rig.json says so; rig apply refuses such bands), 2 for a mistake.
 """
-APPLY_EPILOG = """Run again with the same arguments, it resumes: a capture that is there is whole, and is not made twice.
+APPLY_EPILOG = """Run again with the same arguments, it resumes: a capture that is there is whole, and is not made
+again.
 
 exit code: 0 if every capture was written, 1 if some were not, which is said, 2 for a mistake.
 """
@@ -267,7 +268,7 @@ def _add_apply(commands: Any) -> None:
         metavar="OUT",
         type=output_path,
         required=True,
-        help="a new folder, or one to resume",
+        help="a new folder, or one to resume in",
     )
     add_json_option(parser)
     how = parser.add_argument_group("outputs")
@@ -295,22 +296,19 @@ def _add_apply(commands: Any) -> None:
     how.add_argument(
         "--force",
         action="store_true",
-        help="warp bands too that are doubtful, or not served by one transform",
+        help="warp also bands that are doubtful or vary",
     )
 
 
 def _apply(args: argparse.Namespace) -> int:
     from kglmatch.batch.rig_apply import apply_rig
     from kglmatch.batch.rig_results import Rig
-    from kglmatch.errors import OutputError
 
     rig = Rig.load(args.rig)
-    if args.output.resolve().is_relative_to(args.captures.resolve()):
-        raise OutputError(f"cannot write to {args.output}: it is within the captures; name a folder outside")
     began = time.perf_counter()
     done = apply_rig(
         rig,
-        _captures(args),
+        args.captures if args.pattern is None else _captures(args),
         args.output,
         bands=args.bands,
         stack=not args.files,
