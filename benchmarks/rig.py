@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -38,7 +36,7 @@ import tifffile
 from kglmatch import Matcher, load_image
 from kglmatch.batch.captures import find_captures
 from kglmatch.batch.rig import calibrate_rig
-from kglmatch.batch.rig_results import Rig
+from kglmatch.batch.rig_results import Rig, RigBand
 from kglmatch.geometry import corner_error, similarity_about
 
 SIZE = 320, 256
@@ -109,14 +107,11 @@ def write_flight(
                 image = scenes[(i + 1) % len(scenes)][number]
             from_band = to_scene @ np.linalg.inv(transform)
             flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
-            moved_image = cv2.warpPerspective(
-                image, from_band, SIZE, flags=flags, borderMode=cv2.BORDER_REFLECT
-            )
+            border = cv2.BORDER_REFLECT
+            moved_image = cv2.warpPerspective(image, from_band, SIZE, flags=flags, borderMode=border)
             if case == "relief" and band == BANDS[-1]:
                 near = np.array([[1, 0, 7.0], [0, 1, 0], [0, 0, 1]])
-                other = cv2.warpPerspective(
-                    image, from_band @ near, SIZE, flags=flags, borderMode=cv2.BORDER_REFLECT
-                )
+                other = cv2.warpPerspective(image, from_band @ near, SIZE, flags=flags, borderMode=border)
                 blocks = (np.add.outer(np.arange(SIZE[1]) // 128, np.arange(SIZE[0]) // 107) + i) % 2 > 0
                 moved_image = np.where(blocks, other, moved_image)
             if i % EMPTY == EMPTY // 2:
@@ -154,35 +149,29 @@ def kill_apply(rig: Path, captures: Path, out: Path, kills: int) -> None:
     """Kills `rig apply` at random moments, then lets it end; every output must be whole, and as without."""
     command = [sys.executable, "-m", "kglmatch", "rig", "apply", str(rig), str(captures)]
     rng = random.Random(0)
-    began = time.perf_counter()
-    subprocess.run([*command, "-o", str(out / "whole"), "--force"], check=True, stdout=subprocess.DEVNULL)
-    whole = time.perf_counter() - began
-    killed = 0
-    while killed < kills:
+    subprocess.run([*command, "-o", str(out / "whole")], check=True, stdout=subprocess.DEVNULL)
+    total = len(list((out / "whole").glob("*.tif")))
+    for kill in range(1, kills + 1):
+        # After some more outputs, and somewhere within the next ones.
+        wanted = total * kill // (kills + 1)
         process = subprocess.Popen(
-            [*command, "-o", str(out / "killed"), "--force"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            [*command, "-o", str(out / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        try:
-            process.wait(rng.uniform(0.3, 1) * whole * 0.8)
-            print(f"ended before kill {killed + 1}")
-            break
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            killed += 1
+        while process.poll() is None and len(list((out / "killed").glob("*.tif"))) < wanted:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.2))
+        process.kill()
+        ended = process.wait()
         done = len(list((out / "killed").glob("*.tif")))
-        print(f"kill {killed}: {done} stacks are there")
-    subprocess.run([*command, "-o", str(out / "killed"), "--force"], check=True, stdout=subprocess.DEVNULL)
+        print(f"kill {kill}: exit code {ended}, {done} of {total} stacks are there")
+    subprocess.run([*command, "-o", str(out / "killed")], check=True, stdout=subprocess.DEVNULL)
     names = sorted(path.name for path in (out / "whole").glob("*.tif"))
     assert names == sorted(path.name for path in (out / "killed").glob("*.tif"))
     for name in names:
         assert (out / "whole" / name).read_bytes() == (out / "killed" / name).read_bytes(), name
     left = [path.name for path in (out / "killed").iterdir() if path.name.startswith(".tmp-")]
     assert not left, left
-    print(f"{killed} kills: all {len(names)} stacks are there, byte for byte as without")
+    print(f"{kills} kills: all {len(names)} stacks are there, byte for byte as without")
 
 
 def main() -> None:
@@ -226,21 +215,29 @@ def main() -> None:
 
 
 def write_rig(path: Path, truth: dict[str, np.ndarray]) -> None:
-    """A rig of the known transforms, for those who need no calibration."""
-    bands = [
-        {
-            "band": band, "size": list(SIZE), "verdict": "registered", "confidence": 1.0, "kind": "similarity",
-            "transform": transform.tolist(), "via": None, "reason": "known", "num_captures": 1,
-            "num_judged": 1, "num_agreeing": 1, "spread": 0.0, "support": 1.0, "agreement": 1.0,
-            "num_matches": 0, "consistent": 1.0, "trend": None,
-        }
+    """A rig of the known transforms, where nothing is to be calibrated."""
+    bands = tuple(
+        RigBand(
+            name=band,
+            size=SIZE,
+            verdict="registered",
+            confidence=1.0,
+            transform=transform,
+            kind="similarity",
+            via=None,
+            reason="known",
+            num_captures=1,
+            num_judged=1,
+            num_agreeing=1,
+            spread=0.0,
+            support=1.0,
+            agreement=1.0,
+            num_matches=0,
+            consistent=1.0,
+        )
         for band, transform in truth.items()
-    ]  # fmt: skip
-    value = {
-        "format": "kglmatch-rig", "format_version": 1, "kglmatch_version": "", "model": "", "tolerance": 1.0,
-        "reference": {"band": BANDS[0], "size": list(SIZE)}, "num_captures": 1, "bands": bands, "problems": {},
-    }  # fmt: skip
-    path.write_text(json.dumps(value))
+    )
+    Rig(BANDS[0], SIZE, bands, 1.0, "", 1, {}).save(path)
 
 
 if __name__ == "__main__":

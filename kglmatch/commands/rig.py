@@ -46,11 +46,10 @@ EPILOG = """examples:
   kglmatch rig check rig.json flight/ -o residuals.png --table residuals.csv
   kglmatch rig apply rig.json flight/ -o stacks/ --crop
 """
-CALIBRATE_EPILOG = """exit code: 0 if every band is registered, 1 if one transform does not serve the flight for some
-band, or a band is doubtful or failed (rig.json says so; rig apply refuses such bands), 2 for a mistake.
+CALIBRATE_EPILOG = """exit code: 0 if every band is registered, 1 if one transform does not serve the flight,
+or a band is doubtful or failed (the rig says so; rig apply refuses such bands), 2 for a mistake.
 """
-APPLY_EPILOG = """Run again with the same arguments, it resumes: a capture that is there is whole, and is not made
-again.
+APPLY_EPILOG = """Run again with the same arguments, it resumes: a capture that is there is whole, and stays.
 
 exit code: 0 if every capture was written, 1 if some were not, which is said, 2 for a mistake.
 """
