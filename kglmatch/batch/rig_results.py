@@ -85,7 +85,10 @@ class Residuals:
     def agreeing(self, tolerance: float) -> NDArray[np.bool_]:
         """(N,) which captures the transform serves to within `tolerance` pixels and their own error."""
         with np.errstate(invalid="ignore"):
-            return np.asarray(self.lengths <= tolerance + np.minimum(self.errors, tolerance))
+            within: NDArray[np.bool_] = np.less_equal(
+                self.lengths, tolerance + self.errors.clip(0, tolerance)
+            )
+        return within
 
 
 @dataclass(frozen=True, eq=False)
