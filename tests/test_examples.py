@@ -234,3 +234,9 @@ def test_app_page_is_built_and_serves_nothing_by_itself(app, tmp_path: Path):
     labels = {component.label for component in page.blocks.values() if getattr(component, "label", None)}
     assert {"Visible image", "Image of the other sensor", "Model", "Largest displacement, pixels"} <= labels
     assert not page.is_running
+
+
+def test_rig_calibrate_stacks_the_captures_of_a_flight(run, tmp_path: Path, capsys):
+    run("rig_calibrate.py")
+    assert "band 2: registered" in capsys.readouterr().out
+    assert len(list((tmp_path / "stacks").glob("SCENE*.tif"))) == 3

@@ -35,8 +35,8 @@ def shift(x: float, y: float) -> np.ndarray:
 
 def band(name: str, transform, verdict="registered", size=SIZE) -> RigBand:
     return RigBand(
-        name=name, size=size, verdict=verdict, confidence=0.9, transform=transform, kind="similarity", via=None,
-        reason="the reason", num_captures=1, num_judged=1, num_agreeing=1, spread=0.1, support=1.0,
+        name=name, size=size, verdict=verdict, confidence=0.9, transform=transform, kind="similarity",
+        via=None, reason="the reason", num_captures=1, num_judged=1, num_agreeing=1, spread=0.1, support=1.0,
         agreement=1.0, num_matches=0, consistent=1.0,
     )  # fmt: skip
 
@@ -223,13 +223,13 @@ def test_a_second_run_on_one_folder_is_refused(flight, tmp_path, monkeypatch):
 
     def slow(*arguments, **options):
         begun.set()
-        go_on.wait(30)
+        go_on.wait(60)
         whole(*arguments, **options)
 
     monkeypatch.setattr(rig_apply, "write_bands", slow)
     first = threading.Thread(target=apply_rig, args=(RIG, flight, tmp_path / "out"))
     first.start()
-    assert begun.wait(30)
+    assert begun.wait(60)
     with pytest.raises(OutputError, match="in use by another run"):
         apply_rig(RIG, flight, tmp_path / "out")
     go_on.set()

@@ -32,7 +32,7 @@ Matrix = NDArray[np.float64]
 S = TypeVar("S")
 T = TypeVar("T")
 
-JOB, LOG, LOCK = "job.json", "captures.jsonl", ".lock"
+JOB, LOG, LOCK = "job.json", "captures.jsonl", "job.lock"
 _LOOKED_AT = 5  # captures whose size must fit before anything is written
 _AHEAD = 2  # captures a worker that are begun before the first of them has ended
 
