@@ -20,6 +20,8 @@ from kglmatch.errors import DataError, KGLMatchError, OutputError
 from kglmatch.geometry import corner_error, similarity_about
 
 SIZE = 208, 176
+# Narrow limits and one kind, so that a search takes seconds.
+LIMITS = {"max_displacement": 20, "max_rotation": 2, "max_scale": 1.03}
 CENTRE = (SIZE[0] - 1) / 2, (SIZE[1] - 1) / 2
 TRUTH = similarity_about(0.8, 1.01, CENTRE, (CENTRE[0] + 5, CENTRE[1] - 3))
 OTHER = similarity_about(-0.5, 0.99, CENTRE, (CENTRE[0] - 4, CENTRE[1] - 6))
@@ -66,7 +68,7 @@ def rig(matcher) -> Rig:
     captures.insert(2, Capture("lacking", {band: captures[0].bands[band] for band in "12"}))
     captures.insert(4, Capture("small", {band: captures[0].bands[band][:100] for band in "123"}))
     captures.append(Capture("damaged", {**captures[0].bands, "2": "missing.tif"}))
-    return calibrate_rig(matcher, captures, workers=2, max_displacement=20)
+    return calibrate_rig(matcher, captures, workers=2, **LIMITS)
 
 
 def test_a_rig_is_calibrated_from_all_captures(rig):
@@ -155,18 +157,19 @@ def test_mistakes_are_found_before_the_work(matcher):
 def test_a_rig_that_moves_is_refused(matcher):
     shifts = [(3 * (-1) ** i, 0) for i in range(4)]
     captures = [Capture(c.name, {b: c.bands[b] for b in "12"}) for c in flight(4, shifts)]
-    band = calibrate_rig(matcher, captures, max_displacement=20)["2"]
+    band = calibrate_rig(matcher, captures, **LIMITS)["2"]
     assert band.verdict == "varies" and band.transform is not None
     assert band.reason.startswith("one transform does not serve this flight: only ")
     assert band.num_judged == 4 and band.num_agreeing <= 2
 
 
-def test_a_band_of_another_scene_fails(matcher):
+def test_a_band_of_another_scene_fails(matcher, monkeypatch):
+    monkeypatch.setattr("kglmatch.batch.rig._MATCH_KEYPOINTS", 60)
     captures = [
         Capture(str(i), {"1": cut(scene(i), np.eye(3)), "2": cut(other_sensor(scene(i + 50)), TRUTH)})
         for i in range(3)
     ]
-    band = calibrate_rig(matcher, captures, max_displacement=20)["2"]
+    band = calibrate_rig(matcher, captures, **LIMITS)["2"]
     assert band.verdict == "failed" and band.transform is None and band.confidence < 0.5
 
 
@@ -182,7 +185,7 @@ def test_a_band_goes_through_another_where_it_must(matcher, monkeypatch):
         return band
 
     monkeypatch.setattr(module._Search, "calibrate", blind)
-    found = calibrate_rig(matcher, flight(2), max_displacement=20, kind="similarity")
+    found = calibrate_rig(matcher, flight(2), kind="similarity", **LIMITS)
     assert found["2"].via is None and found["3"].via == "2"
     assert found["3"].verdict == "registered" and found["3"].confidence >= 0.5
     assert found["3"].transform is not None and corner_error(found["3"].transform, OTHER, SIZE) < 0.4
@@ -316,7 +319,8 @@ def test_the_command_calibrates_and_says_what_is_wrong(tmp_path, capsys, monkeyp
     (tmp_path / "flight" / "IMG_0009_1.tif").write_bytes(b"II*\0damaged")
     (tmp_path / "flight" / "IMG_0009_2.tif").write_bytes(b"")
     command = ["rig", "calibrate", str(tmp_path / "flight"), "-o", str(tmp_path / "rig.json")]
-    code = main([*command, "--max-displacement", "20", "--json"])
+    limits = ["--max-displacement", "20", "--max-rotation", "2", "--max-scale", "1.03"]
+    code = main([*command, *limits, "--json"])
     out = capsys.readouterr()
     assert code == 1 and json.loads(out.out)["bands"][0]["verdict"] == "varies"
     assert "one transform does not serve this flight" in out.err

@@ -38,7 +38,7 @@ def touch(folder: Path, *names: str) -> None:
             ["IMG_0001", "IMG_0002"],
             ["nir", "red"],
         ),
-        (["a/red.png", "a/nir.png", "b/red.png"], ["a", "b"], ["nir", "red"]),
+        (["a/red.png", "a/nir.png", "b/red.png", "c/nir.png"], ["a", "b", "c"], ["nir", "red"]),
     ],
 )
 def test_captures_are_found_by_their_names(tmp_path, files, names, bands):

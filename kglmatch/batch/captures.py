@@ -19,7 +19,7 @@ from kglmatch.errors import DataError
 EXTENSIONS = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".webp")
 LISTS = (".csv",)
 
-# Tried one after the other where no pattern is given.
+# Where none is given, the one that finds the most captures of the fewest bands.
 _PATTERNS = ("{capture}_{band}", "{band}/{capture}", "{capture}/{band}")
 _FIELD = re.compile(r"\{(capture|band)\}")
 _COUNTER = re.compile(r"0\d\d+|\d{4,}")  # numbers captures, not bands
@@ -69,8 +69,9 @@ def find_captures(source: str | os.PathLike[str], pattern: str | None = None) ->
         source: a folder, or a CSV file with a column "capture" and one column a band, which hold paths
             relative to the file; an empty cell is a band that is missing.
         pattern: how files in the folder are named: "{capture}_{band}.tif", "{band}/{capture}.tif",
-            "{capture}/{band}.tif" or the like; the capture may lie in folders of its own. None tries
-            these in this order, with any image extension: `IMG_0001_1.tif` is capture IMG_0001, band 1.
+            "{capture}/{band}.tif" or the like; the capture may lie in folders of its own. None takes
+            the one of these that finds the most captures of the fewest bands, with any image extension:
+            `IMG_0001_1.tif` is capture IMG_0001, band 1.
 
     Returns:
         captures in the natural order of their names (2 before 10), bands likewise.
@@ -85,12 +86,19 @@ def find_captures(source: str | os.PathLike[str], pattern: str | None = None) ->
     if not path.is_dir():
         raise DataError(f"cannot read captures: {path} is neither a folder nor a {' or '.join(LISTS)} file")
     files = sorted(file for file in _image_files(path))
-    for candidate in _PATTERNS if pattern is None else (pattern,):
-        found = _matching(path, files, candidate)
-        if found and not (pattern is None and any(map(_COUNTER.fullmatch, band_names(found)))):
-            return found
     if pattern is not None:
-        raise DataError(f"no captures of two bands or more in {path} are named {pattern}")
+        if not (found := _matching(path, files, pattern)):
+            raise DataError(f"no captures of two bands or more in {path} are named {pattern}")
+        return found
+    possible = [
+        found
+        for candidate in _PATTERNS
+        if (found := _matching(path, files, candidate))
+        and not any(map(_COUNTER.fullmatch, band_names(found)))
+    ]
+    if possible:
+        # A flight has more captures than bands.
+        return min(possible, key=lambda found: len(band_names(found)) / len(found))
     raise DataError(
         f"no captures of two bands or more in {path}: expected files named CAPTURE_BAND, such as "
         'IMG_0001_1.tif, or a folder a band; say otherwise by a pattern such as "{capture}-{band}.tif"'

@@ -70,7 +70,7 @@ _MATCH_TOLERANCE = 0.008  # of the longer side, as for one pair
 # One transform serves a flight if so many of the judged captures agree with it, if no trend moves them by
 # more than twice the tolerance, and if near and far things do not lie apart.
 _SERVED = 0.75
-_CONSISTENT = 0.5
+_CONSISTENT = 0.6
 _FEWEST_JUDGED = 0.05  # of the captures: with fewer, a band is doubtful
 _LEAST_TREND = 8  # captures
 _TREND_SHARE, _TREND_CHANCE = 0.3, 0.01

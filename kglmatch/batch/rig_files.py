@@ -21,6 +21,8 @@ from kglmatch.files import atomic_output
 from kglmatch.options import __version__
 
 _EXIF, _GPS, _XMP = 0x8769, 0x8825, 700
+_PLACEHOLDER = 1  # above a tag: nothing stands between them, so that tags stay in order
+_LONG = 4  # type of a TIFF field
 _DESCRIPTION, _MAKE, _MODEL, _DATE = 270, 271, 272, 306
 _PAGE_NAME, _GDAL_METADATA, _GDAL_NODATA = 285, 42112, 42113
 _TYPES = ("bool", "uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")
@@ -141,10 +143,10 @@ def _tags(metadata: Metadata, nodata: float | None) -> list[Tag]:
             tags.append((tag, "s", 0, metadata.texts[tag].encode("utf-8", "replace"), True))
     if metadata.xmp:
         tags.append((_XMP, "B", len(metadata.xmp), metadata.xmp, True))
-    # The places of directories that are appended when the file is there.
+    # Places of directories that are appended later; tifffile writes none under their own tags.
     for tag, directory in ((_EXIF, metadata.exif), (_GPS, metadata.gps)):
         if directory:
-            tags.append((tag, "I", 1, 0, True))
+            tags.append((tag + _PLACEHOLDER, "I", 1, 0, True))
     if nodata is not None:
         tags.append((_GDAL_NODATA, "s", 0, f"{nodata:.17g}", True))
     return tags
@@ -163,7 +165,7 @@ def _add_directories(path: Path, metadata: Metadata) -> None:
     with tifffile.TiffFile(path) as tiff:
         byteorder = tiff.byteorder
         tags = tiff.pages.first.tags
-        places = {tag: tags[tag].offset + 8 for tag in (_EXIF, _GPS) if tag in tags}
+        places = {tag: tags[tag + _PLACEHOLDER].offset for tag in (_EXIF, _GPS) if tag + _PLACEHOLDER in tags}
     order = b"II" if byteorder == "<" else b"MM"
     with path.open("r+b") as file:
         for tag, values in ((_EXIF, metadata.exif), (_GPS, metadata.gps)):
@@ -174,7 +176,7 @@ def _add_directories(path: Path, metadata: Metadata) -> None:
             start = file.tell()
             file.write(_directory(values, tag, order, start))
             file.seek(places[tag])
-            file.write(struct.pack(f"{byteorder}I", start))
+            file.write(struct.pack(f"{byteorder}HHII", tag, _LONG, 1, start))
 
 
 def _directory(values: dict[int, Any], group: int, order: bytes, offset: int) -> bytes:

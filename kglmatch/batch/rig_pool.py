@@ -184,8 +184,9 @@ def choose_kind(pool: Pool, kind: str, correction: Matrix) -> tuple[TransformKin
         _CANDIDATES if kind == "auto" else tuple(k for k in (*_CANDIDATES, "translation") if k == kind)
     )
     chosen, fitted, best = candidates[0], correction, np.zeros(0)
+    grid = Level(np.unique(level.centres, axis=0), level.surfaces[:0], level.to_level, level.predicted)
     for candidate in candidates:
-        start = nearest_similarity(level, correction) if candidate == "similarity" else correction
+        start = nearest_similarity(grid, correction) if candidate == "similarity" else correction
         moved = maximise_votes(blurred, level.centres, candidate, start)
         given = _held_out_by_capture(pool, candidate, moved) if len(candidates) > 1 else best
         if not len(best) or _clearly_more(given, best):
