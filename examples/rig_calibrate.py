@@ -17,9 +17,7 @@ import cv2
 import numpy as np
 
 from kglmatch import KGLMatchError, Matcher, load_image
-from kglmatch.batch.captures import find_captures
-from kglmatch.batch.rig import calibrate_rig
-from kglmatch.batch.rig_apply import apply_rig
+from kglmatch.batch import apply_rig, calibrate_rig, find_captures
 
 DATA = Path(__file__).resolve().parent / "data"
 SIDE = 160

@@ -125,3 +125,10 @@ def test_the_moment_is_read_from_exif_and_xmp(tmp_path):
     (tmp_path / "damaged.tif").write_bytes(b"II*\0")
     for nothing in (tmp_path / "damaged.tif", tmp_path / "missing.tif", np.zeros((8, 8))):
         assert read_moment(nothing) == Moment()
+
+
+def test_the_names_of_the_package_are_there():
+    import kglmatch.batch
+
+    assert {"calibrate_rig", "apply_rig", "check_rig", "Rig"} <= set(dir(kglmatch.batch))
+    assert all(callable(getattr(kglmatch.batch, name)) for name in dir(kglmatch.batch))

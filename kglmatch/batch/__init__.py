@@ -1,1 +1,6 @@
-"""Flights and folders: rigs that are calibrated once, lists of pairs, jobs that resume."""
+"""Flights and folders: rigs that are calibrated once and applied to every capture, jobs that resume."""
+
+import lazy_loader
+
+# The names stand in `__init__.pyi`; each is loaded on first use.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

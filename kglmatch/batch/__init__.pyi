@@ -1,0 +1,13 @@
+from .captures import Capture as Capture
+from .captures import find_captures as find_captures
+from .rig import calibrate_rig as calibrate_rig
+from .rig_apply import ApplyReport as ApplyReport
+from .rig_apply import apply_rig as apply_rig
+from .rig_check import RigCheck as RigCheck
+from .rig_check import check_rig as check_rig
+from .rig_check import draw_check as draw_check
+from .rig_results import Rig as Rig
+from .rig_results import RigBand as RigBand
+from .transforms import SavedTransform as SavedTransform
+from .transforms import apply_transform as apply_transform
+from .transforms import read_saved_transform as read_saved_transform
