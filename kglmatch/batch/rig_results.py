@@ -66,8 +66,7 @@ class Residuals:
     @property
     def judged(self) -> NDArray[np.bool_]:
         """(N,) which captures hold enough structure to be judged."""
-        judged: NDArray[np.bool_] = np.isfinite(self.shifts).all(axis=1)
-        return judged
+        return ~np.isnan(self.shifts[:, 0])
 
     @property
     def lengths(self) -> NDArray[np.float64]:
