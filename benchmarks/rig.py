@@ -1,7 +1,7 @@
 """How exactly a rig is calibrated whose transforms are known, and whether one that does not serve is refused.
 
     python benchmarks/rig.py DATA/vis-nir/country --captures 500
-    python benchmarks/rig.py DATA/vis-nir/country --captures 60 --case height
+    python benchmarks/rig.py DATA/vis-nir/country --captures 60 --bands 5 --case height
     python benchmarks/rig.py DATA/vis-nir/country --captures 40 --kills 10
 
 Captures of five bands (blue, green, red, red edge and near infrared) are cut from registered pairs of visible
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -34,7 +35,7 @@ import numpy as np
 import tifffile
 
 from kglmatch import Matcher, load_image
-from kglmatch.batch.captures import find_captures
+from kglmatch.batch.captures import Capture, find_captures
 from kglmatch.batch.rig import calibrate_rig
 from kglmatch.batch.rig_results import Rig, RigBand
 from kglmatch.geometry import corner_error, similarity_about
@@ -126,6 +127,15 @@ def write_flight(
             )
 
 
+def captures_of(folder: Path, bands: Sequence[str]) -> list[Capture]:
+    """The captures of a flight with the reference and these bands."""
+    wanted = {BANDS[0], *bands}
+    return [
+        Capture(capture.name, {band: path for band, path in capture.bands.items() if band in wanted})
+        for capture in find_captures(folder)
+    ]
+
+
 def report(rig: Rig, truth: dict[str, np.ndarray], base: Rig | None) -> dict[str, float]:
     """Prints a line a band; the errors in pixels."""
     errors = {}
@@ -181,6 +191,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("--captures", type=int, default=500, metavar="N")
     parser.add_argument("--case", choices=CASES, default="flight")
+    parser.add_argument("--bands", nargs="+", choices=BANDS[1:], default=BANDS[1:], help="to calibrate")
     parser.add_argument("--model", default="kglnet-vis-nir")
     parser.add_argument("--repeat", action="store_true", help="without the error of the set")
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="kill `rig apply` N times")
@@ -204,12 +215,12 @@ def main() -> None:
             write_flight(
                 folder / "base", pairs, args.captures, args.case, {band: np.eye(3) for band in BANDS[1:]}
             )
-            base = calibrate_rig(matcher, find_captures(folder / "base"), max_captures=None)
+            base = calibrate_rig(matcher, captures_of(folder / "base", args.bands), max_captures=None)
         began = time.perf_counter()
-        rig = calibrate_rig(matcher, find_captures(folder / "flight"), max_captures=None)
+        rig = calibrate_rig(matcher, captures_of(folder / "flight", args.bands), max_captures=None)
         seconds = time.perf_counter() - began
         errors = report(rig, truth, base)
-        print(f"{args.captures} captures of {len(BANDS)} bands, case {args.case}: {seconds:.0f} s")
+        print(f"{args.captures} captures of {1 + len(rig.bands)} bands, case {args.case}: {seconds:.0f} s")
         if args.json is not None:
             args.json.write_text(json.dumps({"errors": errors, "seconds": seconds, "rig": rig.to_dict()}))
 
