@@ -44,7 +44,7 @@ SIZE = 320, 256
 BANDS = ("1", "2", "3", "4", "5")  # blue, green, red, red edge, near infrared or thermal
 MARGIN = 28  # pixels that transforms reach beyond a crop
 WANDER, TURN = 0.4, 0.03  # standard deviations: pixels, degrees
-EMPTY = 10  # one capture in so many
+EMPTY = 10  # one capture in ten
 CASES = ("flight", "height", "relief", "loose", "unrelated")
 
 

@@ -62,12 +62,12 @@ _SAMPLE = 24  # captures that judge a start
 _TRIES = 8  # captures that propose one
 _MIDDLE = 60  # captures of the levels between the first and the last
 _ALTERNATIVES = 2  # starts that a capture proposes
-_ENOUGH = 0.25  # of the sample: a start that so many agree with is taken at once
+_ENOUGH = 0.25  # of the sample: a start with which that share agrees is taken at once
 _PLACED = 6  # captures that the network looks at
 _MATCHED = 16  # captures whose keypoints are matched
 _MATCH_SIDE, _MATCH_KEYPOINTS = 1024, 300
 _MATCH_TOLERANCE = 0.008  # of the longer side, as for one pair
-# One transform serves a flight if so many of the judged captures agree with it, if no trend moves them by
+# One transform serves a flight if this share of the judged captures agrees with it, if no trend moves them by
 # more than twice the tolerance, and if near and far things do not lie apart.
 _SERVED = 0.75
 _CONSISTENT = 0.6
@@ -256,7 +256,7 @@ class _Start:
 
 @dataclass(frozen=True)
 class _Search:
-    """Finds how one band lies on another; `limits` as for `registration.align`."""
+    """Finds the transform between two bands; `limits` as for `registration.align`."""
 
     matcher: Matcher
     tolerance: float

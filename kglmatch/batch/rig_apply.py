@@ -80,7 +80,7 @@ def apply_rig(
         captures: as for `calibrate_rig`.
         out: folder; made if missing. Holds CAPTURE.tif, or CAPTURE_BAND.tif; `job.json`, what is done
             here; `captures.jsonl`, a line a capture.
-        bands: to write beside the reference, in this order; None for all of the rig.
+        bands: to write after the reference, in this order; None for all of the rig.
         stack: one file a capture; else a file a band, each with the metadata of its own image.
         crop: to the part of the reference that all bands cover, the same for all captures.
         refine: refine each capture about the rig's transform, where windows that were held out of the fit
@@ -103,8 +103,8 @@ def apply_rig(
     chosen = [rig[name] for name in bands] if bands is not None else list(rig.bands)
     _check_verdicts(chosen, refine, force)
     source = Path(captures).resolve() if isinstance(captures, (str, os.PathLike)) else None
-    if source is not None and Path(out).resolve().is_relative_to(source):
-        raise OutputError(f"cannot write to {out}: it is within the captures; name a folder outside")
+    if source is not None:
+        check_outside(out, source)
     listed = as_captures(captures)
     _check_camera(rig, chosen, listed)
     area = common_area(rig, chosen) if crop else (0, 0, *rig.size)
@@ -174,6 +174,12 @@ def in_order(
 
 
 # --- before the work ------------------------------------------------------------------------------
+
+
+def check_outside(out: str | os.PathLike[str], captures: str | os.PathLike[str]) -> None:
+    """Raises `OutputError` for outputs within the captures: a later run would take them for captures."""
+    if Path(out).resolve().is_relative_to(Path(captures).resolve()):
+        raise OutputError(f"cannot write to {out}: it is within the captures; name a folder outside")
 
 
 def _check_verdicts(bands: Sequence[RigBand], refine: bool, force: bool) -> None:

@@ -159,7 +159,7 @@ class RigBand:
 
 @dataclass(frozen=True, eq=False)
 class Rig:
-    """The bands of a rig and how they lie on its reference.
+    """The bands of a rig, with their transforms from its reference.
 
     Attributes:
         reference: name of the band that the others are registered to.

@@ -19,7 +19,7 @@ _ASPECT = 0.01  # how far the proportions of an image may be off those of the re
 
 @dataclass(frozen=True, eq=False)
 class SavedTransform:
-    """How one image lies on another.
+    """A transform between two images, and their sizes.
 
     Attributes:
         transform: (3, 3) from visible (or reference) pixels to those of the other image.

@@ -301,10 +301,11 @@ def _add_apply(commands: Any) -> None:
 
 
 def _apply(args: argparse.Namespace) -> int:
-    from kglmatch.batch.rig_apply import apply_rig
+    from kglmatch.batch.rig_apply import apply_rig, check_outside
     from kglmatch.batch.rig_results import Rig
 
     rig = Rig.load(args.rig)
+    check_outside(args.output, args.captures)
     began = time.perf_counter()
     done = apply_rig(
         rig,
