@@ -35,7 +35,7 @@ import numpy as np
 import tifffile
 
 from kglmatch import Matcher, load_image
-from kglmatch.batch.captures import Capture, find_captures
+from kglmatch.batch.captures import find_captures
 from kglmatch.batch.rig import calibrate_rig
 from kglmatch.batch.rig_results import Rig, RigBand
 from kglmatch.geometry import corner_error, similarity_about
@@ -80,9 +80,14 @@ def rig_transforms(seed: int) -> dict[str, np.ndarray]:
 
 
 def write_flight(
-    folder: Path, pairs: list[tuple[Path, Path]], count: int, case: str, truth: dict[str, np.ndarray]
+    folder: Path,
+    pairs: list[tuple[Path, Path]],
+    count: int,
+    case: str,
+    truth: dict[str, np.ndarray],
+    bands: Sequence[str] = BANDS,
 ) -> None:
-    """Writes CAPTURE_BAND.tif of a flight."""
+    """Writes CAPTURE_BAND.tif of a flight, of the reference and these bands."""
     rng = np.random.default_rng(1)
     scenes = [band_images(*pair) for pair in pairs[: min(len(pairs), count)]]
     centre = (SIZE[0] - 1) / 2, (SIZE[1] - 1) / 2
@@ -97,6 +102,8 @@ def write_flight(
         for number, band in enumerate(BANDS):
             image, transform = scene[number], np.eye(3)
             if number:
+                if band not in bands:
+                    continue
                 wander = rng.normal(0, WANDER, 2)
                 if case == "height" and band == BANDS[-1]:
                     wander += [480 / above - 6, 0]
@@ -125,15 +132,6 @@ def write_flight(
                 extratags=[(700, "B", len(xmp), xmp, True)] if number == 0 else [],
                 metadata=None,
             )
-
-
-def captures_of(folder: Path, bands: Sequence[str]) -> list[Capture]:
-    """The captures of a flight with the reference and these bands."""
-    wanted = {BANDS[0], *bands}
-    return [
-        Capture(capture.name, {band: path for band, path in capture.bands.items() if band in wanted})
-        for capture in find_captures(folder)
-    ]
 
 
 def report(rig: Rig, truth: dict[str, np.ndarray], base: Rig | None) -> dict[str, float]:
@@ -202,7 +200,7 @@ def main() -> None:
         folder = Path(name)
         truth = rig_transforms(0)
         (folder / "flight").mkdir()
-        write_flight(folder / "flight", pairs, args.captures, args.case, truth)
+        write_flight(folder / "flight", pairs, args.captures, args.case, truth, args.bands)
         if args.kills:
             rig_file = folder / "rig.json"
             write_rig(rig_file, truth)
@@ -212,12 +210,11 @@ def main() -> None:
         base = None
         if args.repeat:
             (folder / "base").mkdir()
-            write_flight(
-                folder / "base", pairs, args.captures, args.case, {band: np.eye(3) for band in BANDS[1:]}
-            )
-            base = calibrate_rig(matcher, captures_of(folder / "base", args.bands), max_captures=None)
+            still = {band: np.eye(3) for band in BANDS[1:]}
+            write_flight(folder / "base", pairs, args.captures, args.case, still, args.bands)
+            base = calibrate_rig(matcher, find_captures(folder / "base"), max_captures=None)
         began = time.perf_counter()
-        rig = calibrate_rig(matcher, captures_of(folder / "flight", args.bands), max_captures=None)
+        rig = calibrate_rig(matcher, find_captures(folder / "flight"), max_captures=None)
         seconds = time.perf_counter() - began
         errors = report(rig, truth, base)
         print(f"{args.captures} captures of {1 + len(rig.bands)} bands, case {args.case}: {seconds:.0f} s")
