@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import os
 import re
+import threading
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +26,8 @@ LISTS = (".csv",)
 _PATTERNS = ("{capture}_{band}", "{band}/{capture}", "{capture}/{band}")
 _FIELD = re.compile(r"\{(capture|band)\}")
 _COUNTER = re.compile(r"0\d\d+|\d{4,}")  # numbers captures, not bands
+
+_header_lock = threading.Lock()
 
 _EXIF, _GPS = 0x8769, 0x8825
 _TAKEN, _FRACTION, _CHANGED = 0x9003, 0x9291, 0x0132
@@ -165,7 +170,7 @@ def read_moment(image: Any) -> Moment:
     if not isinstance(image, (str, os.PathLike)):
         return Moment()
     try:
-        with Image.open(image) as opened:
+        with opened_header(image) as opened:
             exif = opened.getexif()
             details, gps = exif.get_ifd(_EXIF), exif.get_ifd(_GPS)
             xmp = opened.info.get("xmp") or exif.get(_XMP_TAG) or b""
@@ -182,6 +187,16 @@ def read_moment(image: Any) -> Moment:
         return Moment(time)
     below = gps.get(_ALTITUDE_REFERENCE) in (1, b"\x01")
     return Moment(time, -altitude if below else altitude) if abs(altitude) < 1e6 else Moment(time)
+
+
+@contextmanager
+def opened_header(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """An image file, opened by Pillow for its header alone, without its warnings about damaged metadata."""
+    # The filters of warnings belong to the process.
+    with _header_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            yield image
 
 
 def _seconds(text: Any, fraction: Any) -> float | None:

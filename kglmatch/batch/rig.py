@@ -12,13 +12,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image as PillowImage
+from PIL.Image import DecompressionBombError
 
 from kglmatch.batch.captures import (
     Capture,
@@ -27,6 +26,7 @@ from kglmatch.batch.captures import (
     band_names,
     choose_reference,
     natural_order,
+    opened_header,
     read_moment,
 )
 from kglmatch.batch.rig_pool import Pairs, Pool, choose_kind, fit, gather, measure
@@ -233,9 +233,9 @@ def image_size(image: Any) -> tuple[int, int]:
     """(width, height) of an image, from its header where that is enough. Raises `ImageError`."""
     if isinstance(image, (str, os.PathLike)):
         try:
-            with PillowImage.open(Path(image)) as opened:
+            with opened_header(image) as opened:
                 return opened.size
-        except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError):
+        except (OSError, ValueError, SyntaxError, DecompressionBombError):
             shape = read_image_raw(image).shape
     else:
         shape = load_image(image).shape

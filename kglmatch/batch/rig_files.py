@@ -13,9 +13,10 @@ from xml.sax.saxutils import escape
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from kglmatch.batch.captures import opened_header
 from kglmatch.errors import ImageError, OutputError
 from kglmatch.files import atomic_output
 from kglmatch.options import __version__
@@ -51,7 +52,7 @@ def read_metadata(image: Any) -> Metadata:
     if not isinstance(image, (str, os.PathLike)):
         return Metadata()
     try:
-        with Image.open(image) as opened:
+        with opened_header(image) as opened:
             exif = opened.getexif()
             xmp = opened.info.get("xmp") or exif.get(_XMP) or b""
             texts = {tag: str(exif[tag]) for tag in (_DESCRIPTION, _MAKE, _MODEL, _DATE) if tag in exif}
