@@ -32,7 +32,7 @@ from kglmatch.backends.onnx import (
     gather_graph,
 )
 from kglmatch.errors import BackendError, ConfigError, KGLMatchError, WeightsError
-from kglmatch.models.files import DESCRIPTOR_FILES, HEAD_FILE, GRAPH_FILES
+from kglmatch.models.files import DESCRIPTOR_FILES, GRAPH_FILES, HEAD_FILE
 from kglmatch.patches import extract_patches
 
 CHECKOUT = Path(__file__).resolve().parents[1]

@@ -140,6 +140,22 @@ def test_crop_leaves_what_all_bands_cover(flight, tmp_path):
         common_area(rig_of(band("2", shift(500, 0))), [band("2", shift(500, 0))])
 
 
+def test_pixels_without_data_stay_apart(tmp_path):
+    image = pixels(1)
+    image[30:40, 30:40] = 7
+    rig = rig_of(band("2", shift(0.5, 0)))
+    captures = [Capture("a", {"1": image, "2": image})]
+    apply_rig(rig, captures, tmp_path / "out", nodata=7)
+    moved = tifffile.imread(tmp_path / "out" / "a.tif")[1]
+    assert (moved[30:40, 29:40] == 7).all() and (moved[:, -1] == 7).all()
+    whole = pixels(1)
+    assert moved[35, 25] in range(int(whole[35, 24:28].min()) - 3000, int(whole[35, 24:28].max()) + 3000)
+    assert np.count_nonzero(moved == 7) == 10 * 11 + SIZE[1]
+    with pytest.raises(KGLMatchError, match="nodata 70000 is no uint16"):
+        apply_rig(rig, captures, tmp_path / "other", nodata=70000)
+    assert not (tmp_path / "other").exists()
+
+
 def test_refine_follows_a_capture_that_moved(tmp_path):
     image = texture(260, 220, 1)
 

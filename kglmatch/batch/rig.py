@@ -32,26 +32,29 @@ from kglmatch.batch.captures import (
 from kglmatch.batch.rig_pool import Pairs, Pool, choose_kind, fit, gather, measure
 from kglmatch.batch.rig_results import Residuals, Rig, RigBand, RigVerdict, Trend, common_size
 from kglmatch.errors import DataError, ImageError, KGLMatchError
-from kglmatch.geometry import TRANSFORMS, TransformKind, fit_robustly, transform_points
+from kglmatch.geometry import fit_robustly, transform_points
 from kglmatch.images import load_image, read_image_raw
 from kglmatch.matcher import Matcher
 from kglmatch.options import (
     DEFAULT_BAND_ROTATION,
     DEFAULT_BAND_SCALE,
+    DEFAULT_KIND,
     DEFAULT_RIG_CAPTURES,
     DEFAULT_RIG_TOLERANCE,
+    TRANSFORMS,
+    TransformKind,
 )
 from kglmatch.registration.align import (
     FIRST_SIDE,
     LEAST_SUPPORT,
     Alignment,
     align,
-    check_limits,
     pyramid,
     same_place,
     steps_to,
 )
 from kglmatch.registration.from_matches import LEAST
+from kglmatch.registration.limits import Limits
 from kglmatch.registration.verdict import confidence, give_verdict, judge
 from kglmatch.resampling import enlarge, resize_between, shrink
 
@@ -82,7 +85,7 @@ def calibrate_rig(
     captures: str | os.PathLike[str] | Iterable[Capture | Mapping[str, Any]],
     *,
     reference: str | None = None,
-    kind: str = "auto",
+    kind: str = DEFAULT_KIND,
     tolerance: float = DEFAULT_RIG_TOLERANCE,
     max_displacement: float | None = None,
     max_rotation: float = DEFAULT_BAND_ROTATION,
@@ -111,7 +114,7 @@ def calibrate_rig(
         DataError: no captures of two bands, or no such reference.
         KGLMatchError: a parameter out of range.
     """
-    check_limits(kind, max_displacement, max_rotation, max_scale)
+    limits = Limits(kind, max_displacement, max_rotation, max_scale)
     if not 0 < tolerance < np.inf:
         raise KGLMatchError(f"tolerance must be above 0 pixels, got {tolerance}")
     for name, count in (("max_captures", max_captures), ("workers", workers)):
@@ -125,16 +128,7 @@ def calibrate_rig(
         raise DataError(f"a rig has two bands or more, got captures of {', '.join(bands) or 'none'}")
     reference = choose_reference(bands, reference)
     flight = Flight(listed, reference, workers or os.cpu_count() or 1, matcher.backend.progress)
-    search = _Search(
-        matcher,
-        tolerance,
-        {
-            "kind": kind,
-            "max_displacement": max_displacement,
-            "max_rotation": max_rotation,
-            "max_scale": max_scale,
-        },
-    )
+    search = _Search(matcher, tolerance, limits)
     others = [band for band in bands if band != reference]
     found = {band: search.calibrate(band, flight.pairs(reference, band), flight) for band in others}
     found |= _through_others(search, flight, found)
@@ -256,11 +250,11 @@ class _Start:
 
 @dataclass(frozen=True)
 class _Search:
-    """Finds the transform between two bands; `limits` as for `registration.align`."""
+    """Finds the transform between two bands; `limits` are those of the search."""
 
     matcher: Matcher
     tolerance: float
-    limits: dict[str, Any]
+    limits: Limits
 
     def calibrate(self, name: str, pairs: Pairs, flight: Flight) -> RigBand:
         """The band of this name, which is the ir side of the pairs."""
@@ -307,7 +301,7 @@ class _Search:
             tried.append(transform)
             pool = gather(pairs, sample, transform, FIRST_SIDE, radius=10, across=9)
             if pool is not None:
-                correction, given = fit(pool, steps_to(self.limits["kind"]), (2.0, 1.0))
+                correction, given = fit(pool, steps_to(self.limits.kind), (2.0, 1.0))
                 agreeing = sum(vote >= LEAST_SUPPORT for vote in pool.per_capture(given).values())
                 if agreeing:
                     starts.append(_Start(pool.level.full(correction), agreeing, num_matches))
@@ -319,7 +313,7 @@ class _Search:
             images = pairs.load(row)
             if images is None:
                 continue
-            for alignment in align(*images, **self.limits)[:_ALTERNATIVES]:
+            for alignment in align(*images, self.limits)[:_ALTERNATIVES]:
                 consider(alignment.transform)
             found = best()
             if found is not None and found.num_agreeing >= wanted:
@@ -366,10 +360,10 @@ class _Search:
         Returns:
             its kind, the transform (3, 3), and what it came from, as `measure` takes it.
         """
-        asked = self.limits["kind"]
+        asked = self.limits.kind
         transform = start.transform
         kinds, correction = steps_to(asked), np.eye(3)
-        kind: TransformKind = kinds[0] if asked == "auto" else asked
+        kind = kinds[0] if asked == DEFAULT_KIND else cast(TransformKind, asked)
         if not start.num_agreeing:
             return kind, transform, None  # the matches alone speak for it
         everything = list(range(len(pairs)))

@@ -26,7 +26,7 @@ from kglmatch.errors import DataError, ImageError, KGLMatchError, OutputError
 from kglmatch.files import atomic_output, make_folder
 from kglmatch.images import load_image, read_image_raw
 from kglmatch.progress import steps
-from kglmatch.resampling import warp_image
+from kglmatch.resampling import warp_around_nodata, warp_image
 
 Matrix = NDArray[np.float64]
 S = TypeVar("S")
@@ -85,7 +85,8 @@ def apply_rig(
         crop: to the part of the reference that all bands cover, the same for all captures.
         refine: refine each capture about the rig's transform, where windows that were held out of the fit
             support that more.
-        nodata: value of pixels that a band does not cover; None fills 0, and does not mark it as nodata.
+        nodata: value of pixels without data, in the images and where a band does not cover the reference;
+            None takes every pixel for data, and fills 0.
         force: warp bands too whose verdict is "varies" or "doubtful".
         workers: threads; None for one a core.
         progress: draw a progress bar on a terminal.
@@ -95,7 +96,8 @@ def apply_rig(
 
     Raises:
         DataError: the captures are of another camera, or none has the reference or a band.
-        KGLMatchError: a band that failed, or one that one transform does not serve (without `refine`).
+        KGLMatchError: a band that failed, or one that one transform does not serve (without `refine`); a
+            nodata that its pixels cannot hold.
         OutputError: the folder belongs to another job, is in use by one, or cannot be written.
     """
     if workers is not None and workers < 1:
@@ -107,6 +109,8 @@ def apply_rig(
         check_outside(out, source)
     listed = as_captures(captures)
     _check_camera(rig, chosen, listed)
+    if nodata is not None:
+        _check_nodata(nodata, [rig.reference, *(band.name for band in chosen)], listed)
     area = common_area(rig, chosen) if crop else (0, 0, *rig.size)
     settings = {
         "job": "rig apply",
@@ -226,7 +230,7 @@ def common_area(rig: Rig, bands: Sequence[RigBand]) -> tuple[int, int, int, int]
     covered = np.ones(rig.size[::-1], bool)
     for band in bands:
         if band.transform is not None:
-            covered &= covered_by(band.transform, band.size, rig.size)
+            covered &= covered_by(band.transform, rig.size, np.ones(band.size[::-1], bool))
     left, top, right, bottom = 0, 0, *rig.size
     while left < right and top < bottom:
         part = covered[top:bottom, left:right]
@@ -240,16 +244,17 @@ def common_area(rig: Rig, bands: Sequence[RigBand]) -> tuple[int, int, int, int]
     raise KGLMatchError("the bands have no part of the reference in common")
 
 
-def covered_by(transform: Matrix, size: tuple[int, int], frame: tuple[int, int]) -> NDArray[np.bool_]:
-    """(height, width) of a frame: which pixels an image of `size` (width, height) covers."""
-    x, y = np.meshgrid(np.arange(frame[0], dtype=float), np.arange(frame[1], dtype=float))
-    depth = transform[2, 0] * x + transform[2, 1] * y + transform[2, 2]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        u = (transform[0, 0] * x + transform[0, 1] * y + transform[0, 2]) / depth
-        v = (transform[1, 0] * x + transform[1, 1] * y + transform[1, 2]) / depth
-    slack = 1e-6
-    inside: NDArray[np.bool_] = (u >= -slack) & (v >= -slack)
-    return inside & (u <= size[0] - 1 + slack) & (v <= size[1] - 1 + slack) & (depth > 0)
+def _check_nodata(nodata: float, names: Sequence[str], captures: Sequence[Capture]) -> None:
+    """Raises `KGLMatchError` where the pixels of a band cannot hold the value."""
+    for band in names:
+        for capture in captures[:_LOOKED_AT]:
+            try:
+                image = capture.bands[band]
+                pixels = read_image_raw(image) if isinstance(image, (str, os.PathLike)) else np.asarray(image)
+            except (KeyError, ImageError):
+                continue  # its own problem, later
+            check_nodata(nodata, pixels.dtype)
+            break
 
 
 # --- one capture ----------------------------------------------------------------------------------
@@ -339,7 +344,10 @@ class _Work:
             raise KGLMatchError(f"band {name} has no transform")
         left, top, width, height = self.area
         to_area = np.array([[1, 0, left], [0, 1, top], [0, 0, 1.0]])
-        return warp_image(image, transform @ to_area, (width, height), nodata=self.nodata or 0)
+        size = width, height
+        if self.nodata is None:
+            return warp_image(image, transform @ to_area, size)
+        return warp_around_nodata(image, transform @ to_area, size, nodata=self.nodata)
 
     def _write(self, capture: Capture, warped: dict[str, NDArray[Any]]) -> None:
         files = self.files(capture)

@@ -174,7 +174,7 @@ def check_rig(
 def check_picture_name(path: str | os.PathLike[str]) -> None:
     """Raises where `draw_check` would for the name, or without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise KGLMatchError("drawing residuals needs matplotlib: pip install matplotlib")
+        raise KGLMatchError('residuals are drawn by matplotlib: pip install "kglmatch[plot]"')
     if Path(path).suffix.lower() not in _PICTURES:
         raise OutputError(f"cannot draw to {os.fspath(path)}: the name must end in {' or '.join(_PICTURES)}")
 

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from kglmatch.batch.rig_results import Residuals
 from kglmatch.errors import ImageError
-from kglmatch.geometry import TransformKind, transform_points
+from kglmatch.geometry import transform_points
 from kglmatch.images import load_image
+from kglmatch.options import DEFAULT_KIND, TransformKind
 from kglmatch.progress import steps
 from kglmatch.registration.align import (
     FIRST_SIDE,
@@ -181,7 +182,7 @@ def choose_kind(pool: Pool, kind: str, correction: Matrix) -> tuple[TransformKin
     level = pool.level
     blurred = [smooth(level.surfaces, 0.5)]
     candidates = (
-        _CANDIDATES if kind == "auto" else tuple(k for k in (*_CANDIDATES, "translation") if k == kind)
+        _CANDIDATES if kind == DEFAULT_KIND else tuple(k for k in (*_CANDIDATES, "translation") if k == kind)
     )
     chosen, fitted, best = candidates[0], correction, np.zeros(0)
     grid = Level(np.unique(level.centres, axis=0), level.surfaces[:0], level.to_level, level.predicted)

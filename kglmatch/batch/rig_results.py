@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kglmatch.errors import DataError
-from kglmatch.geometry import TRANSFORMS, TransformKind
-from kglmatch.options import __version__
+from kglmatch.options import TRANSFORMS, TransformKind, __version__
 from kglmatch.registration.files import save_json
 
 RigVerdict = Literal["registered", "varies", "doubtful", "failed"]

@@ -25,16 +25,16 @@ from kglmatch.commands.common import (
 from kglmatch.options import (
     DEFAULT_BAND_ROTATION,
     DEFAULT_BAND_SCALE,
+    DEFAULT_KIND,
     DEFAULT_RIG_CAPTURES,
     DEFAULT_RIG_TOLERANCE,
+    KINDS,
 )
 
 if TYPE_CHECKING:
     from kglmatch.batch.captures import Capture
     from kglmatch.batch.rig_check import RigCheck
     from kglmatch.batch.rig_results import Rig
-
-TRANSFORMS = ("auto", "translation", "similarity", "affine", "homography")
 
 CAPTURES_HELP = (
     "a folder of captures, named CAPTURE_BAND (IMG_0001_1.tif), or with a folder a band; or a .csv file with "
@@ -130,8 +130,8 @@ def _add_calibrate(commands: Any) -> None:
     )
     how.add_argument(
         "--kind",
-        choices=TRANSFORMS,
-        default=TRANSFORMS[0],
+        choices=KINDS,
+        default=DEFAULT_KIND,
         help="auto: the simplest that no other clearly beats (default: %(default)s)",
     )
     how.add_argument(
@@ -174,11 +174,11 @@ def _add_calibrate(commands: Any) -> None:
 def _calibrate(args: argparse.Namespace) -> int:
     from kglmatch.batch.captures import band_names, choose_reference
     from kglmatch.batch.rig import calibrate_rig
-    from kglmatch.registration.align import check_limits
     from kglmatch.registration.files import JSON, check_ending
+    from kglmatch.registration.limits import Limits
 
     # A mistake is reported before the model is loaded.
-    check_limits(args.kind, args.max_displacement, args.max_rotation, args.max_scale)
+    Limits(args.kind, args.max_displacement, args.max_rotation, args.max_scale)
     check_ending(args.output, JSON, "the rig")
     check_outputs({"-o": args.output}, (args.captures,))
     captures = _captures(args)
@@ -291,7 +291,8 @@ def _add_apply(commands: Any) -> None:
         "--nodata",
         metavar="V",
         type=number,
-        help="value of pixels that a band does not cover (default: 0, not marked as nodata)",
+        help="value of pixels without data, in the images and where a band does not cover the reference "
+        "(default: every pixel counts, and the rest is filled with 0)",
     )
     how.add_argument(
         "--force",
