@@ -26,7 +26,7 @@ from kglmatch.errors import DataError, ImageError, KGLMatchError, OutputError
 from kglmatch.files import atomic_output, make_folder
 from kglmatch.images import load_image, read_image_raw
 from kglmatch.progress import steps
-from kglmatch.resampling import warp_around_nodata, warp_image
+from kglmatch.resampling import check_nodata, covered_by, warp_around_nodata, warp_image
 
 Matrix = NDArray[np.float64]
 S = TypeVar("S")

@@ -181,9 +181,7 @@ def choose_kind(pool: Pool, kind: str, correction: Matrix) -> tuple[TransformKin
     """
     level = pool.level
     blurred = [smooth(level.surfaces, 0.5)]
-    candidates = (
-        _CANDIDATES if kind == DEFAULT_KIND else tuple(k for k in (*_CANDIDATES, "translation") if k == kind)
-    )
+    candidates = _CANDIDATES if kind == DEFAULT_KIND else (cast(TransformKind, kind),)
     chosen, fitted, best = candidates[0], correction, np.zeros(0)
     grid = Level(np.unique(level.centres, axis=0), level.surfaces[:0], level.to_level, level.predicted)
     for candidate in candidates:
