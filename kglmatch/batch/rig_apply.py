@@ -381,6 +381,12 @@ class _Log:
             except OSError as error:
                 raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
 
+    def repair(self) -> None:
+        """Cuts off a line that a kill left unfinished, to which the next one would be joined."""
+        if self.path.is_file():
+            with self.path.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+
     def compact(self, names: Sequence[str]) -> None:
         """Leaves one line a capture, in the order of the names."""
         last: dict[str, str] = {}
@@ -422,7 +428,9 @@ def _job(out: Path, settings: dict[str, Any]) -> Iterator[_Log]:
                 temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         for stale in out.rglob(".tmp-*"):  # of a run that was killed: nobody else writes here
             stale.unlink(missing_ok=True)
-        yield _Log(out / LOG)
+        log = _Log(out / LOG)
+        log.repair()
+        yield log
 
 
 @contextmanager
