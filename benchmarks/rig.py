@@ -1,8 +1,8 @@
 """How exactly a rig is calibrated whose transforms are known, and whether one that does not serve is refused.
 
-    python benchmarks/rig.py DATA/vis-nir/country --captures 500
-    python benchmarks/rig.py DATA/vis-nir/country --captures 60 --bands 5 --case height
-    python benchmarks/rig.py DATA/vis-nir/country --captures 40 --kills 10
+    python benchmarks/rig.py DATA/training/nir-naip --captures 500
+    python benchmarks/rig.py DATA/training/nir-naip --captures 40 --bands 5 --case height
+    python benchmarks/rig.py DATA/training/nir-naip --captures 200 --kills 10
 
 Captures of five bands (blue, green, red, red edge and near infrared) are cut from registered pairs of visible
 and near-infrared images. Every band has a transform of its own, which wanders from capture to capture by
@@ -14,8 +14,9 @@ noise; exposures differ, and one capture in ten shows nothing. The cases:
     loose       the near-infrared camera turns away during the flight: to be refused
     unrelated   the near-infrared images are those of other captures: to fail
 
-DATA/vis-lwir/roadscene takes thermal images as the fifth band. They lie apart from the visible ones by some
-pixels that nobody knows; --repeat calibrates without the known transforms too, and counts the difference.
+The pairs must be registered well: those of DATA/vis-nir/country are apart by up to some pixels, scene by
+scene, and are refused for that. --repeat calibrates without the known transforms too, and counts the
+difference.
 """
 
 from __future__ import annotations
