@@ -164,6 +164,7 @@ def test_a_rig_that_moves_is_refused(matcher):
     assert band.num_judged == 4 and band.num_agreeing <= 2
 
 
+@pytest.mark.slow
 def test_a_band_of_another_scene_fails(matcher, monkeypatch):
     monkeypatch.setattr("kglmatch.batch.rig._MATCH_KEYPOINTS", 60)
     captures = [
@@ -174,6 +175,7 @@ def test_a_band_of_another_scene_fails(matcher, monkeypatch):
     assert band.verdict == "failed" and band.transform is None and band.confidence < 0.5
 
 
+@pytest.mark.slow
 def test_a_band_goes_through_another_where_it_must(matcher, monkeypatch):
     from kglmatch.batch import rig as module
 

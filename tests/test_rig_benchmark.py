@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from conftest import other_sensor, texture
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
