@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +20,21 @@ from kglmatch.options import (
     DEFAULT_BAND_SCALE,
     DEFAULT_CHECK_DISPLACEMENT,
     DEFAULT_KIND,
+    DEFAULT_MAX_KEYPOINTS,
     DEFAULT_MAX_ROTATION,
     DEFAULT_MAX_SCALE,
+    DEFAULT_MIN_SCORE,
     DEFAULT_MODEL,
+    DEFAULT_THRESHOLD,
+    DEFAULT_TOP_K,
 )
 from kglmatch.patch_matcher import PatchMatcher
 from kglmatch.registration.limits import Limits
 from kglmatch.registration.results import BandRegistration, Registration, RegistrationCheck
 from kglmatch.registration.verdict import check, register, register_stack
+from kglmatch.streaming.match import match_many
+from kglmatch.streaming.register import register_many
+from kglmatch.streaming.results import PairMatches, PairRegistration
 
 if TYPE_CHECKING:
     from kglmatch.export import ExportReport
@@ -339,3 +346,102 @@ class Matcher(PatchMatcher):
         limits = Limits(kind, max_displacement, max_rotation, max_scale)
         images = [self.load(band) for band in bands]
         return register_stack(self, self.load(reference), images, limits, names=names)
+
+    # --- many images --------------------------------------------------------------------------
+
+    def match_many(
+        self,
+        pairs: Iterable[Any],
+        *,
+        workers: int | None = None,
+        detector: str | None = None,
+        max_keypoints: int = DEFAULT_MAX_KEYPOINTS,
+        top_k: int | None = DEFAULT_TOP_K,
+        mutual: bool = True,
+        one_to_one: bool = True,
+        min_score: float = DEFAULT_MIN_SCORE,
+        max_displacement: float | None = None,
+        decide: str | None = None,
+        threshold: float = DEFAULT_THRESHOLD,
+        dense: bool = False,
+        upright: bool = True,
+        nodata: float | None = None,
+    ) -> Iterator[PairMatches]:
+        """Matches many pairs of images, in bounded memory however many they are.
+
+        Worker processes read the images of the next pairs and find their keypoints while the network
+        works; patches of several pairs go through it together. Results are those of `match_images`.
+
+        Args:
+            pairs: (vis, ir) or `kglmatch.batch.Pair`, images as for `extract`; drawn a few ahead. Paths
+                are read by the workers, other images are sent to them.
+            workers: processes; None takes one a processor, but no more than 4; 0 uses a thread.
+            detector, max_keypoints, upright: as for `extract`.
+            top_k, mutual, one_to_one, min_score, max_displacement, decide: as for `match`.
+            threshold, dense: as for `match_images`.
+            nodata: a pixel value that says "no data here", see `kglmatch.images.load_image`.
+
+        Returns:
+            an iterator over one `PairMatches` a pair, in their order. What goes wrong with a pair is its
+            `error`, and the rest continues. Closing the iterator ends the workers.
+
+        Raises:
+            KGLMatchError: a parameter out of range; or, while iterating, something that is no pair.
+        """
+        return match_many(
+            self,
+            pairs,
+            workers=workers,
+            detector=detector,
+            max_keypoints=max_keypoints,
+            top_k=top_k,
+            mutual=mutual,
+            one_to_one=one_to_one,
+            min_score=min_score,
+            max_displacement=max_displacement,
+            decide=decide,
+            threshold=threshold,
+            dense=dense,
+            upright=upright,
+            nodata=nodata,
+        )
+
+    def register_many(
+        self,
+        pairs: Iterable[Any],
+        *,
+        workers: int | None = None,
+        kind: str = "auto",
+        max_displacement: float | None = None,
+        max_rotation: float = DEFAULT_MAX_ROTATION,
+        max_scale: float = DEFAULT_MAX_SCALE,
+        nodata: float | None = None,
+    ) -> Iterator[PairRegistration]:
+        """Registers many pairs of images, in bounded memory however many they are.
+
+        Worker processes read the images of the next pairs and align them by structure while the network
+        judges. Results are those of `register`.
+
+        Args:
+            pairs: as for `match_many`.
+            workers: processes; None takes one a processor; 0 uses a thread.
+            kind, max_displacement, max_rotation, max_scale: as for `register`.
+            nodata: a pixel value that says "no data here", see `kglmatch.images.load_image`.
+
+        Returns:
+            an iterator over one `PairRegistration` a pair, in their order. What goes wrong with a pair is
+            its `error`, and the rest continues. Closing the iterator ends the workers.
+
+        Raises:
+            KGLMatchError: a parameter out of range; or, while iterating, something that is no pair.
+        """
+        return register_many(
+            self,
+            pairs,
+            workers=workers,
+            kind=kind,
+            max_displacement=max_displacement,
+            max_rotation=max_rotation,
+            max_scale=max_scale,
+            nodata=nodata,
+        )

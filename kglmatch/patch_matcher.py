@@ -243,21 +243,16 @@ class PatchMatcher:
         if keypoints is not None:
             keypoints = check_keypoints(keypoints)
         grey = self.load(image, f"the {modality} image")
-        (height, width), size = grey.shape, self.config.patch_size
-        if keypoints is None:
-            detector = detector or self.config.inference.get("detector", DEFAULT_DETECTOR)
-            keypoints = detect_keypoints(
-                grey,
-                detector=detector,
-                max_keypoints=max_keypoints,
-                border=size // 2 if upright else size / np.sqrt(2),
-            ).xy
-        angle = None
-        if not upright:
-            angle = gradient_directions(grey, keypoints)
-            if modality == "ir":
-                keypoints, angle = np.tile(keypoints, (2, 1)), np.concatenate([angle, angle + 180])
-        patches = extract_patches(grey, keypoints, patch_size=size, angle=angle)
+        height, width = grey.shape
+        keypoints, patches = cut_patches(
+            grey,
+            modality,
+            patch_size=self.config.patch_size,
+            keypoints=keypoints,
+            detector=self.detector(detector),
+            max_keypoints=max_keypoints,
+            upright=upright,
+        )
         return self.describe(patches, modality, maps=maps, keypoints=keypoints, image_size=(width, height))
 
     def extract_pair(
@@ -418,6 +413,10 @@ class PatchMatcher:
         check_image_size(grey, self.config.patch_size, str(image) if isinstance(image, str | Path) else name)
         return grey
 
+    def detector(self, name: str | None) -> str:
+        """The detector of that name, or the model's own for None."""
+        return name or self.config.inference.get("detector", DEFAULT_DETECTOR)
+
     def _extract_dense(self, vis: Features, ir: Any, radius: float, maps: bool) -> Features:
         """Features of an ir image at the places that are most like the visible keypoints, in their order.
 
@@ -542,6 +541,34 @@ class PatchMatcher:
             kept.append((rows_vis[best], rows_ir[best], scores[best], distances[best]))
         rows_vis, rows_ir, scores, distances = (np.concatenate(p) for p in zip(*kept, strict=True))
         return rows_vis, rows_ir, scores, distances
+
+
+def cut_patches(
+    image: NDArray[np.float32],
+    modality: Modality,
+    *,
+    patch_size: int,
+    keypoints: NDArray[np.floating] | None = None,
+    detector: str = DEFAULT_DETECTOR,
+    max_keypoints: int = DEFAULT_MAX_KEYPOINTS,
+    upright: bool = True,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Keypoints of a grey image (H, W) and the patches around them: what `PatchMatcher.extract` describes.
+
+    Args: as for `PatchMatcher.extract`.
+
+    Returns:
+        (N, 2) float32 xy pixels and (N, P, P) float32.
+    """
+    if keypoints is None:
+        border = patch_size // 2 if upright else patch_size / np.sqrt(2)
+        keypoints = detect_keypoints(image, detector=detector, max_keypoints=max_keypoints, border=border).xy
+    keypoints, angle = np.asarray(keypoints, dtype=np.float32).reshape(-1, 2), None
+    if not upright:
+        angle = gradient_directions(image, keypoints)
+        if modality == "ir":
+            keypoints, angle = np.tile(keypoints, (2, 1)), np.concatenate([angle, angle + 180])
+    return keypoints, extract_patches(image, keypoints, patch_size=patch_size, angle=angle)
 
 
 def check_image_size(image: NDArray[Any], patch_size: int, name: str) -> None:

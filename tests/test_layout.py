@@ -30,8 +30,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "onnx_cache": SHARED | NETWORK | {"export"},
     "patch_matcher": SHARED | DATA | IMAGES | NETWORK,
     "registration": SHARED | DATA | IMAGES | {"patch_matcher"},
-    "matcher": SHARED | DATA | IMAGES | NETWORK | {"export", "onnx_cache", "patch_matcher", "registration"},
-    "batch": SHARED | DATA | IMAGES | {"datasets", "matcher", "patch_matcher", "registration"},
+    "streaming": SHARED | DATA | IMAGES | {"patch_matcher", "registration"},
+    "matcher": SHARED
+    | DATA
+    | IMAGES
+    | NETWORK
+    | {"export", "onnx_cache", "patch_matcher", "registration", "streaming"},
+    "batch": SHARED
+    | DATA
+    | IMAGES
+    | NETWORK
+    | {"datasets", "matcher", "patch_matcher", "registration", "streaming"},
     "datasets": SHARED | DATA | IMAGES,
     "evaluation": SHARED | DATA | IMAGES | {"datasets", "matcher", "models"},
     "visualize": SHARED | DATA | IMAGES | {"registration"},

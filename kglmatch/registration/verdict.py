@@ -99,8 +99,14 @@ def give_verdict(support: float, agreed: float, num_matches: int = 0) -> Verdict
 
 def register(matcher: PatchMatcher, vis: Image, ir: Image, limits: Limits) -> Registration:
     """`Matcher.register` on grey images (H, W) in [0, 1]."""
-    alternatives = align(vis, ir, limits)[:_ALTERNATIVES]
-    judged = [judge(matcher, vis, ir, alignment) for alignment in alternatives]
+    return choose(matcher, vis, ir, align(vis, ir, limits), limits)
+
+
+def choose(
+    matcher: PatchMatcher, vis: Image, ir: Image, alternatives: Sequence[Alignment], limits: Limits
+) -> Registration:
+    """The registration that holds best, of what `align` found within these limits."""
+    judged = [judge(matcher, vis, ir, alignment) for alignment in alternatives[:_ALTERNATIVES]]
     if not any(r.verdict == "registered" for r in judged):
         # Costs as much again, and is seldom needed.
         found = align_by_matches(matcher, vis, ir, limits)

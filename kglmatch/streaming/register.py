@@ -1,0 +1,98 @@
+"""Registration of many image pairs: workers align the next ones by structure while the network is busy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kglmatch.options import DEFAULT_MAX_ROTATION, DEFAULT_MAX_SCALE
+from kglmatch.patch_matcher import PatchMatcher
+from kglmatch.registration.align import Alignment, align, check_limits
+from kglmatch.registration.results import Registration
+from kglmatch.registration.verdict import choose
+from kglmatch.streaming.prefetch import Prefetch, Task
+from kglmatch.streaming.results import Pair, PairRegistration, as_pairs
+from kglmatch.streaming.tasks import pair_task, read_pair
+from kglmatch.streaming.worker import Failure, call
+from kglmatch.streaming.workers import Workers, processors
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """A pair before the network judges it."""
+
+    vis: NDArray[np.float32]
+    ir: NDArray[np.float32]
+    alternatives: list[Alignment]
+    seconds: float
+
+
+def register_many(
+    matcher: PatchMatcher,
+    pairs: Iterable[Any],
+    *,
+    workers: int | Workers | None = None,
+    kind: str = "auto",
+    max_displacement: float | None = None,
+    max_rotation: float = DEFAULT_MAX_ROTATION,
+    max_scale: float = DEFAULT_MAX_SCALE,
+    nodata: float | None = None,
+) -> Iterator[PairRegistration]:
+    """`Matcher.register_many`; `workers` may also be some that are kept from call to call."""
+    check_limits(kind, max_displacement, max_rotation, max_scale)  # here, and not by every pair
+    limits = {
+        "kind": kind,
+        "max_displacement": max_displacement,
+        "max_rotation": max_rotation,
+        "max_scale": max_scale,
+    }
+    if workers is None:
+        workers = processors()  # structure takes longer than the network
+    own = Workers(workers) if isinstance(workers, int) else None
+    size = matcher.config.patch_size
+    tasks = (pair_task(pair, nodata, _prepare, size, limits) for pair in as_pairs(pairs))
+    return _register_many(matcher, tasks, own or workers, own, limits)  # type: ignore[arg-type]
+
+
+def _register_many(
+    matcher: PatchMatcher,
+    tasks: Iterator[Task[Pair]],
+    workers: Workers,
+    own: Workers | None,
+    limits: dict[str, Any],
+) -> Iterator[PairRegistration]:
+    prefetch = Prefetch(tasks, workers)
+    try:
+        while (item := prefetch.take()) is not None:
+            pair, prepared = item
+            if isinstance(prepared, Failure):
+                yield PairRegistration(pair, error=prepared.message)
+                continue
+            began = time.perf_counter()
+            found = call(_judge, matcher, prepared, limits)
+            seconds = prepared.seconds + time.perf_counter() - began
+            if isinstance(found, Failure):
+                yield PairRegistration(pair, error=found.message, seconds=seconds)
+            else:
+                yield PairRegistration(pair, found, None, seconds)
+    finally:
+        if own is not None:
+            own.close()
+        prefetch.close()
+
+
+def _prepare(vis: Any, ir: Any, nodata: float | None, patch_size: int, limits: dict[str, Any]) -> _Prepared:
+    """Runs in a worker."""
+    began = time.perf_counter()
+    greys = read_pair(vis, ir, nodata, patch_size)
+    alternatives = align(*greys, **limits)
+    return _Prepared(*greys, alternatives, time.perf_counter() - began)
+
+
+def _judge(matcher: PatchMatcher, prepared: _Prepared, limits: dict[str, Any]) -> Registration:
+    return choose(matcher, prepared.vis, prepared.ir, prepared.alternatives, **limits)
