@@ -11,3 +11,6 @@ from .patches import extract_patches as extract_patches
 from .registration.results import BandRegistration as BandRegistration
 from .registration.results import Registration as Registration
 from .registration.results import RegistrationCheck as RegistrationCheck
+from .streaming.results import Pair as Pair
+from .streaming.results import PairMatches as PairMatches
+from .streaming.results import PairRegistration as PairRegistration

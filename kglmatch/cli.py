@@ -23,6 +23,9 @@ COMMANDS = (
     "rig",
     "apply",
     "score",
+    "match-many",
+    "register-many",
+    "score-many",
     "export",
     "eval",
     "train",
@@ -49,9 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kglmatch {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        if importlib.util.find_spec(f"kglmatch.commands.{name}") is None:
+        path = f"kglmatch.commands.{name.replace('-', '_')}"
+        if importlib.util.find_spec(path) is None:
             continue
-        module: ModuleType = importlib.import_module(f"kglmatch.commands.{name}")
+        module: ModuleType = importlib.import_module(path)
         module.add_parser(subparsers)
         subparsers.choices[name].set_defaults(run=module.run)
     return parser

@@ -373,7 +373,7 @@ class Matcher(PatchMatcher):
         works; patches of several pairs go through it together. Results are those of `match_images`.
 
         Args:
-            pairs: (vis, ir) or `kglmatch.batch.Pair`, images as for `extract`; drawn a few ahead. Paths
+            pairs: (vis, ir) or `kglmatch.Pair`, images as for `extract`; drawn a few ahead. Paths
                 are read by the workers, other images are sent to them.
             workers: processes; None takes one a processor, but no more than 4; 0 uses a thread.
             detector, max_keypoints, upright: as for `extract`.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -17,3 +18,15 @@ def steps(items: Iterable[T], what: str, *, show: bool) -> Iterable[T]:
     # disable=None: no bar where stderr is no terminal. Nothing is left of it in the end.
     bar: Iterable[T] = tqdm(items, desc=what, leave=False, disable=None)
     return bar
+
+
+@contextmanager
+def counter(what: str, *, total: int | None, done: int, show: bool) -> Iterator[Callable[[int], object]]:
+    """Yields a function that takes how many more are done; a bar as in `steps` shows the time left."""
+    if not show:
+        yield lambda _count: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=what, total=total, initial=done, leave=False, disable=None, unit="pair") as bar:
+        yield bar.update

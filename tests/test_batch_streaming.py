@@ -1,4 +1,4 @@
-"""Many pairs through one matcher: order, equality with single calls, bad pairs, bounded memory, clean ends."""
+"""Many pairs through one matcher: order, equality with single calls, bad pairs, bounded memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import cv2
 import numpy as np
 import pytest
 from conftest import other_sensor, texture
-from thin_network import make_thin
+from thin_network import make_thin, save_thin_model
 
-from kglmatch import KGLMatchError
+from kglmatch import KGLMatchError, Pair
 from kglmatch.matcher import Matcher
 from kglmatch.streaming.prefetch import Prefetch, size_of
-from kglmatch.streaming.results import Pair
 from kglmatch.streaming.worker import Failure
 from kglmatch.streaming.workers import Workers
 
@@ -27,19 +26,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def thin_matcher():
+def thin_matcher(tmp_path_factory):
     """A thin network with random weights, which loads in no time."""
-    import torch
-
-    from kglmatch.backends.torch import TorchBackend
-    from kglmatch.models.config import KGLNetConfig
-    from kglmatch.models.network import KGLNet
-
     with pytest.MonkeyPatch.context() as patch:
         make_thin(patch)
-        torch.manual_seed(0)
-        config = KGLNetConfig()
-        yield Matcher(TorchBackend(KGLNet(config).state_dict(), config, device="cpu", batch_size=16))
+        folder = save_thin_model(tmp_path_factory.mktemp("model"))
+        yield Matcher.from_pretrained(folder, device="cpu", batch_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +85,8 @@ def test_patches_of_several_pairs_share_a_batch(thin_matcher, files, monkeypatch
 
 def test_arrays_dense_search_and_turned_patches_take_the_same_way(thin_matcher, files):
     images = [tuple(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in pair) for pair in files[:2]]
-    for options in ({"dense": True, "max_displacement": 8}, {"upright": False}, {"decide": "descriptor"}):
-        options = {"max_keypoints": 12, "min_score": 0.0, **options}
+    for more in ({"dense": True, "max_displacement": 8}, {"upright": False}, {"decide": "descriptor"}):
+        options = {"max_keypoints": 12, "min_score": 0.0, **more}
         for result, (vis, ir) in zip(
             thin_matcher.match_many(images, workers=1, **options), files, strict=False
         ):
@@ -105,7 +97,13 @@ def test_a_bad_pair_is_a_result_and_the_rest_continues(thin_matcher, files, tmp_
     cut, small = tmp_path / "cut.png", tmp_path / "small.png"
     cut.write_bytes(files[0][0].read_bytes()[:300])
     cv2.imwrite(str(small), np.zeros((20, 30), np.uint8))
-    pairs = [files[0], (tmp_path / "none.png", files[0][1]), (cut, files[0][1]), (files[1][0], small), files[1]]
+    pairs = [
+        files[0],
+        (tmp_path / "none.png", files[0][1]),
+        (cut, files[0][1]),
+        (files[1][0], small),
+        files[1],
+    ]
     pairs.insert(3, (np.zeros((80, 80), complex), files[0][1]))
     results = list(thin_matcher.match_many(pairs, workers=1, max_keypoints=8))
     errors = [result.error for result in results]

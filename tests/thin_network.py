@@ -81,6 +81,36 @@ def write_image_pairs(folder: Path, count: int = 4) -> None:
             cv2.imwrite(str(folder / f"{i:04}_{name}.png"), np.rint(picture * 255).astype(np.uint8))
 
 
+def save_thin_model(folder: Path) -> Path:
+    """A thin model with random weights, which `Matcher.from_pretrained` loads after `make_thin`."""
+    import torch
+
+    from kglmatch.backends.torch import TorchBackend
+    from kglmatch.matcher import Matcher
+    from kglmatch.models.config import KGLNetConfig
+    from kglmatch.models.network import KGLNet
+
+    torch.manual_seed(0)
+    config = KGLNetConfig()
+    backend = TorchBackend(KGLNet(config).state_dict(), config, device="cpu", dtype="float32")
+    Matcher(backend).save_pretrained(folder, half=False)
+    return folder
+
+
+def write_folders_of_pairs(folder: Path, count: int, size: tuple[int, int] = (112, 104)) -> tuple[Path, Path]:
+    """Folders `vis` and `ir` with registered pairs 0000.png, 0001.png, ..."""
+    from conftest import other_sensor, texture
+
+    sides = folder / "vis", folder / "ir"
+    for side in sides:
+        side.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        image = texture(*size, seed=i)
+        for side, picture in zip(sides, (image, other_sensor(image)), strict=True):
+            cv2.imwrite(str(side / f"{i:04}.png"), np.rint(picture * 255).astype(np.uint8))
+    return sides
+
+
 def kill_in_save(patch: pytest.MonkeyPatch, number: int) -> None:
     """Lets the process die half-way through a `torch.save`."""
     import torch

@@ -1,4 +1,5 @@
-"""Flights and folders: rigs that are calibrated once and applied to every capture, jobs that resume."""
+"""Flights and folders: rigs that are calibrated once, jobs that resume, engines that run them anywhere."""
+
 
 import lazy_loader
 

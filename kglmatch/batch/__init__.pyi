@@ -1,5 +1,13 @@
 from .captures import Capture as Capture
 from .captures import find_captures as find_captures
+from .image_jobs import run_match as run_match
+from .image_jobs import run_register as run_register
+from .job_folder import JobReport as JobReport
+from .model import Model as Model
+from .pairs import PairList as PairList
+from .pairs import pairs_of_folders as pairs_of_folders
+from .pairs import read_pairs as read_pairs
+from .ray_engine import RayOptions as RayOptions
 from .rig import calibrate_rig as calibrate_rig
 from .rig_apply import ApplyReport as ApplyReport
 from .rig_apply import apply_rig as apply_rig
@@ -8,6 +16,8 @@ from .rig_check import check_rig as check_rig
 from .rig_check import draw_check as draw_check
 from .rig_results import Rig as Rig
 from .rig_results import RigBand as RigBand
+from .score_job import run_score as run_score
+from .scorer import Scorer as Scorer
 from .transforms import SavedTransform as SavedTransform
 from .transforms import apply_transform as apply_transform
 from .transforms import read_saved_transform as read_saved_transform

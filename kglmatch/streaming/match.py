@@ -174,8 +174,8 @@ def _answer(
         if isinstance(found, Failure):
             yield PairMatches(pair, error=found.message, seconds=seconds)
             continue
-        matches, counts = found
-        yield PairMatches(pair, matches, None, *counts, seconds)
+        matches, (keypoints_vis, keypoints_ir) = found
+        yield PairMatches(pair, matches, None, keypoints_vis, keypoints_ir, seconds)
 
 
 def _patches(prepared: _Prepared) -> int:

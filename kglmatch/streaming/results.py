@@ -72,8 +72,8 @@ def as_pairs(pairs: Iterable[Any]) -> Iterator[Pair]:
         if isinstance(pair, Pair):
             yield pair if pair.name else Pair(pair.vis, pair.ir, str(number))
         elif isinstance(pair, tuple | list) and len(pair) == 2:
-            yield Pair(*pair, str(number))
+            yield Pair(pair[0], pair[1], str(number))
         else:
             raise KGLMatchError(
-                f"pair {number} is a {type(pair).__name__}, expected (vis, ir) or kglmatch.batch.Pair"
+                f"pair {number} is a {type(pair).__name__}, expected (vis, ir) or kglmatch.Pair"
             )

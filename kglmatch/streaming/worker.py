@@ -42,7 +42,7 @@ def send(stream: BinaryIO, value: Any) -> None:
     """Writes one message."""
     buffers: list[pickle.PickleBuffer] = []
     head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-    parts = [head, *(buffer.raw() for buffer in buffers)]
+    parts: list[bytes | memoryview] = [head, *(buffer.raw() for buffer in buffers)]
     stream.write(b"".join(_LENGTH.pack(n) for n in (len(parts), *(len(part) for part in parts))))
     for part in parts:
         stream.write(part)

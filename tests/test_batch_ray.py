@@ -1,0 +1,204 @@
+"""The same jobs on a real Ray cluster of this machine, one of whose actors is killed on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import other_sensor, texture
+from thin_network import make_thin, save_thin_model, write_folders_of_pairs
+
+from kglmatch.errors import BackendError, KGLMatchError
+
+pq = pytest.importorskip("pyarrow.parquet", reason="tables need the extra many")
+pa = pytest.importorskip("pyarrow")
+
+from thin_model import ThinModel  # noqa: E402
+
+from kglmatch.batch import RayOptions, image_jobs, pairs_of_folders, run_match, run_score, score_job  # noqa: E402
+from kglmatch.batch.ray_engine import run_on_ray  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = {"max_keypoints": 8, "min_score": 0.0}
+
+pytestmark = pytest.mark.slow
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A cluster with room for two actors, to which this process is connected."""
+    ray = pytest.importorskip("ray", reason="needs the extra ray")
+    port, *ports = free_ports(5)
+    names = (
+        "dashboard-agent-grpc-port",
+        "dashboard-agent-listen-port",
+        "metrics-export-port",
+        "runtime-env-agent-port",
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    program = Path(sys.executable).with_name("ray")
+    # Its helpers are not waited for where their ports are given, which a busy machine needs.
+    command = [str(program), "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    command += [f"--{name}={number}" for name, number in zip(names, ports, strict=True)]
+    for _ in range(3):
+        started = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if started.returncode == 0:
+            break
+        subprocess.run([str(program), "stop", "--force"], capture_output=True, check=False)
+    else:
+        pytest.skip(f"no Ray cluster comes up here: {started.stderr[-300:]}")
+    ray.init(address=f"127.0.0.1:{port}", log_to_driver=False)
+    yield
+    ray.shutdown()
+    subprocess.run([str(program), "stop", "--force"], capture_output=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        make_thin(patch)
+        yield ThinModel(str(save_thin_model(tmp_path_factory.mktemp("model"))), device="cpu", batch_size=8)
+
+
+def actors() -> list[int]:
+    """Processes of the actors of this cluster."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(b"ray::_Actor"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def kill_one_when(ready) -> threading.Thread:
+    """Kills an actor as soon as there is a reason to."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if ready() and (found := actors()):
+                os.kill(found[0], signal.SIGKILL)
+                killed.append(found[0])
+                return
+            time.sleep(0.01)
+
+    killed: list[int] = []
+    thread = threading.Thread(target=wait)
+    thread.killed = killed
+    thread.start()
+    return thread
+
+
+def without_seconds(out: Path) -> list[dict]:
+    rows = pq.read_table(out / "results.parquet").to_pylist()
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_match_many_with_an_actor_killed(cluster, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_jobs, "_CHUNK", 3)
+    folders = write_folders_of_pairs(tmp_path / "data", 40)
+    (folders[0] / "0007.png").write_bytes(b"no image")
+    pairs, out = pairs_of_folders(*folders), tmp_path / "ray"
+    journal = out / "journal.jsonl"
+    killer = kill_one_when(lambda: journal.exists() and journal.read_bytes().count(b"\n") >= 3)
+    report = run_match(
+        pairs, out, model=model, save=".csv", engine="ray", ray=RayOptions(actors=2), **OPTIONS
+    )
+    killer.join()
+    assert killer.killed and (report.answered, report.errors) == (39, 1)
+    # Nothing twice: one line a pair.
+    assert journal.read_bytes().count(b"\n") == 40
+    local = tmp_path / "local"
+    run_match(pairs, local, model=model, save=".csv", workers=0, **OPTIONS)
+    found, expected = without_seconds(out), without_seconds(local)
+    assert [row["name"] for row in found] == [f"{i:04}" for i in range(40)]
+    for a, b in zip(found, expected, strict=True):
+        assert {k: v for k, v in a.items() if k != "homography"} == {
+            k: v for k, v in b.items() if k != "homography"
+        }
+        np.testing.assert_allclose(a["homography"] or 0, b["homography"] or 0, rtol=1e-4, atol=1e-4)
+    assert sorted(p.name for p in (out / "matches").iterdir()) == sorted(
+        p.name for p in (local / "matches").iterdir()
+    )
+
+
+def test_score_many_with_an_actor_killed(cluster, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(score_job, "PIECE", 8)
+    vis = np.stack([texture(64, 64, seed) for seed in range(48)])
+    sides = [np.rint(side * 255).astype(np.uint8) for side in (vis, np.stack([other_sensor(v) for v in vis]))]
+    shards = []
+    for i in range(6):
+        columns = {
+            name: [p.tobytes() for p in np.roll(side, i, axis=0)]
+            for name, side in zip(("vis", "ir"), sides, strict=True)
+        }
+        shards.append(tmp_path / f"{i}.parquet")
+        pq.write_table(pa.table(columns), shards[-1])
+    out = tmp_path / "ray"
+    killer = kill_one_when(lambda: any((out / "parts").glob("*/*.parquet")))
+    report = run_score(shards, out, model=model, engine="ray", ray=RayOptions(actors=2))
+    killer.join()
+    assert killer.killed and report.complete and report.total == 288
+    run_score(shards, tmp_path / "local", model=model)
+    found, expected = (pq.read_table(folder / "results.parquet") for folder in (out, tmp_path / "local"))
+    assert found.drop_columns("score").equals(expected.drop_columns("score"))
+    np.testing.assert_allclose(found["score"].to_numpy(), expected["score"].to_numpy(), atol=1e-5)
+
+
+class Poison:
+    """Work that ends its process at one item."""
+
+    def __init__(self, mistake: bool = False) -> None:
+        self.workers, self.mistake = 0, mistake
+
+    def prepare(self) -> None:
+        if self.mistake:
+            raise BackendError("no such device")
+
+    def __call__(self, items):
+        if 5 in items:
+            os._exit(1)
+        return [{"item": item} for item in items]
+
+
+def test_an_item_that_kills_its_actors_is_given_up_and_the_rest_is_done(cluster, monkeypatch):
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    tasks = iter([[0, 1, 2], [3, 4, 5, 6], [7, 8]])
+    rows = list(run_on_ray(Poison(), tasks, RayOptions(actors=2, cpus=0.5), lambda item: {"lost": item}))
+    assert sorted(row["item"] for row in rows if "item" in row) == [0, 1, 2, 3, 4, 6, 7, 8]
+    assert [row for row in rows if "lost" in row] == [{"lost": 5}]
+    with pytest.raises(BackendError, match="^no such device$"):
+        list(run_on_ray(Poison(True), iter([[1]]), RayOptions(actors=1), dict))
+    assert list(run_on_ray(Poison(), iter([]), RayOptions(actors=1), dict)) == []
+
+
+def test_options_out_of_range():
+    with pytest.raises(KGLMatchError, match="actors must be at least 1"):
+        RayOptions(actors=0)
