@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -30,6 +31,9 @@ from kglmatch.batch.ray_engine import run_on_ray  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {"max_keypoints": 8, "min_score": 0.0}
 
+# In the environment of every process of the cluster of these tests, so that no other one is touched.
+CLUSTER_MARK = f"KGLMATCH_TEST_CLUSTER={os.getpid()}\0"
+
 pytestmark = pytest.mark.slow
 
 
@@ -43,37 +47,70 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def end(process: subprocess.Popen) -> None:
+    """Ends the cluster that a process holds. `ray stop` would end every one on the machine."""
+    process.terminate()  # it takes down what it started
+    try:
+        process.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """A cluster with room for two actors, to which this process is connected."""
+def cluster(tmp_path_factory) -> Iterator[None]:
+    """A cluster of our own with room for two actors, to which this process is connected."""
     ray = pytest.importorskip("ray", reason="needs the extra ray")
-    port, *ports = free_ports(5)
-    names = (
-        "dashboard-agent-grpc-port",
-        "dashboard-agent-listen-port",
-        "metrics-export-port",
-        "runtime-env-agent-port",
-    )
+    # A token of its own, so that neither the user's is read nor another cluster is reached by mistake.
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment = {
         **os.environ,
+        **token,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "KGLMATCH_TEST_CLUSTER": str(os.getpid()),
     }
-    program = Path(sys.executable).with_name("ray")
-    # Its helpers are not waited for where their ports are given, which a busy machine needs.
-    command = [str(program), "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
-    command += [f"--{name}={number}" for name, number in zip(names, ports, strict=True)]
-    for _ in range(3):
-        started = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if started.returncode == 0:
-            break
-        subprocess.run([str(program), "stop", "--force"], capture_output=True, check=False)
-    else:
-        pytest.skip(f"no Ray cluster comes up here: {started.stderr[-300:]}")
-    ray.init(address=f"127.0.0.1:{port}", log_to_driver=False)
-    yield
-    ray.shutdown()
-    subprocess.run([str(program), "stop", "--force"], capture_output=True, check=False)
+    log = tmp_path_factory.mktemp("ray") / "log"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in token.items():
+            patch.setenv(name, value)
+        for _ in range(3):
+            process, address = start_cluster(environment, log)
+            try:
+                if not comes_up(process, log):
+                    continue
+                ray.init(address=address, log_to_driver=False)
+                yield
+                ray.shutdown()
+                return
+            finally:
+                end(process)
+    pytest.skip(f"no Ray cluster comes up here: {log.read_text()[-300:]}")
+
+
+def comes_up(process: subprocess.Popen, log: Path) -> bool:
+    """Whether a cluster is ready within two minutes."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if "runtime started" in log.read_text():
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def start_cluster(environment: dict[str, str], log: Path) -> tuple[subprocess.Popen, str]:
+    """The process that holds a new cluster, in a process group of its own, and the cluster's address."""
+    port, *ports = free_ports(5)
+    # Helpers whose ports are given are not waited for, which a busy machine needs.
+    helpers = ("dashboard-agent-grpc", "dashboard-agent-listen", "metrics-export", "runtime-env-agent")
+    command = [
+        *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"),
+        *("--num-cpus=2", "--include-dashboard=false"),
+        *(f"--{name}-port={number}" for name, number in zip(helpers, ports, strict=True)),
+    ]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    return process, f"127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +121,12 @@ def model(tmp_path_factory):
 
 
 def actors() -> list[int]:
-    """Processes of the actors of this cluster."""
+    """Processes of the actors of the cluster of this test: below the one that holds it."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if path.read_bytes().startswith(b"ray::_Actor"):
+            ours = CLUSTER_MARK in (path.parent / "environ").read_text(errors="replace")
+            if ours and path.read_bytes().startswith(b"ray::_Actor"):
                 found.append(int(path.parent.name))
         except OSError:
             continue
@@ -194,7 +232,7 @@ def test_an_item_that_kills_its_actors_is_given_up_and_the_rest_is_done(cluster,
     rows = list(run_on_ray(Poison(), tasks, RayOptions(actors=2, cpus=0.5), lambda item: {"lost": item}))
     assert sorted(row["item"] for row in rows if "item" in row) == [0, 1, 2, 3, 4, 6, 7, 8]
     assert [row for row in rows if "lost" in row] == [{"lost": 5}]
-    with pytest.raises(BackendError, match="^no such device$"):
+    with pytest.raises(BackendError, match=r"^no such device$"):
         list(run_on_ray(Poison(True), iter([[1]]), RayOptions(actors=1), dict))
     assert list(run_on_ray(Poison(), iter([]), RayOptions(actors=1), dict)) == []
 

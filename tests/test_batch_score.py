@@ -205,6 +205,10 @@ def test_a_run_that_stops_is_resumed_after_the_last_whole_piece(
     assert scored == [5, 5, 5, 5, 5, 3] and report.done_before == 10 and report.complete
     np.testing.assert_allclose([row["score"] for row in rows(out)], expected, atol=1e-5)
     assert run_score([shard], out, model=model).done_before == COUNT
+    # Killed between the last piece and the note that it was the last.
+    (out / "parts" / "000000" / "done.json").unlink()
+    again = run_score([shard], out, model=model)
+    assert again.complete and again.done_before == again.total == COUNT
 
 
 def test_shards_that_cannot_be_meant(tmp_path, patches):

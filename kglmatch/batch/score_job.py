@@ -82,11 +82,8 @@ class ScoreWork:
         folder = make_folder(part_folder(self.folder, number))
         row = {"shard": number, "end": False, "error": None, "done": 0}
         if read_done(folder) is None:
-            finished = 0
-            while (folder / part_name(finished)).exists():
-                finished += 1
+            finished, rows = count_parts(folder)
             pieces = ahead(read_pieces(path, self.patch_size, PIECE, finished), _AHEAD)
-            rows = finished * PIECE
             try:
                 for piece in pieces:
                     scores = self._scorer.score(piece.vis, piece.ir, piece.errors)
@@ -110,6 +107,17 @@ def part_folder(folder: Path, number: int) -> Path:
 def part_name(number: int) -> str:
     """The file of a piece."""
     return f"{number:06}.parquet"
+
+
+def count_parts(folder: Path) -> tuple[int, int]:
+    """How many parts of a shard there are, and how many pairs in them. The last one may hold fewer."""
+    parts = 0
+    while (folder / part_name(parts)).exists():
+        parts += 1
+    if not parts:
+        return 0, 0
+    last: int = pyarrow_parquet().read_metadata(folder / part_name(parts - 1)).num_rows
+    return parts, (parts - 1) * PIECE + last
 
 
 def read_done(folder: Path) -> dict[str, int] | None:
@@ -280,7 +288,7 @@ def _progress(parts: Path, shards: Sequence[Path]) -> tuple[int, list[tuple[int,
     for number, path in enumerate(shards):
         place = part_folder(parts, number)
         done = read_done(place)
-        before += done["pairs"] if done else PIECE * sum(1 for _ in place.glob("*.parquet"))
+        before += done["pairs"] if done else count_parts(place)[1]
         if done is None:
             pending.append((number, path))
     return before, pending

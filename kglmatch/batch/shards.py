@@ -200,7 +200,7 @@ def _read_npz(path: Path, patch_size: int, rows: int, skip: int) -> Iterator[Pie
                     names = np.lib.format.read_array(file, allow_pickle=False).astype(str).tolist()
             pixels = patch_size * patch_size
             for file, dtype in ((vis, kind), (ir, kind_ir)):
-                _skip(file, skip * rows * pixels * dtype.itemsize)
+                _skip(file, min(skip * rows, shape[0]) * pixels * dtype.itemsize)
             for start in range(skip * rows, shape[0], rows):
                 count = min(rows, shape[0] - start)
                 sides = [
