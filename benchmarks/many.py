@@ -1,0 +1,241 @@
+"""Measures jobs on many pairs: throughput, memory, kills, Ray.
+
+python benchmarks/many.py --throughput [--pairs 12]   match_many against describe and match alone
+python benchmarks/many.py --memory [--pairs 10000]    resident memory along a list of pairs
+python benchmarks/many.py --kills 10 [--command C]    kill -9 at random moments, then resume
+python benchmarks/many.py --ray [--pairs 12]          two actors against two plain processes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from kglmatch.batch import Model, RayOptions, pairs_of_folders, run_match
+from kglmatch.images import load_image
+from kglmatch.options import DEFAULT_MODEL
+from kglmatch.patch_matcher import cut_patches
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
+
+
+def write_pairs(folder: Path, count: int, side: int) -> tuple[Path, Path]:
+    """Pairs of PNG files of random structure; every 16th is a new one, the others are copies of its file."""
+    folders = folder / "vis", folder / "ir"
+    for one in folders:
+        one.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    files: list[list[bytes]] = []
+    for i in range(count):
+        if i < 16:
+            image = sum(
+                cv2.GaussianBlur(rng.standard_normal((side, side)), (0, 0), s) * s for s in (1.5, 4, 9)
+            )
+            image = np.clip(image / 4 + 0.5, 0, 1)
+            pictures = image, 0.15 + 0.7 * image**1.6
+            files.append(
+                [cv2.imencode(".png", np.rint(p * 255).astype(np.uint8))[1].tobytes() for p in pictures]
+            )
+        for one, content in zip(folders, files[i % 16], strict=True):
+            (one / f"{i:06}.png").write_bytes(content)
+    return folders
+
+
+def thin_model(folder: Path) -> Model:
+    sys.path.insert(0, str(TESTS))
+    import pytest
+    from thin_network import make_thin, save_thin_model
+
+    make_thin(pytest.MonkeyPatch())
+    return Model(str(save_thin_model(folder)), device="cpu")
+
+
+def throughput(args: argparse.Namespace, model: Model, folder: Path) -> None:
+    """Both ways, turn by turn, so that what else the machine does falls on both."""
+    pairs = pairs_of_folders(*write_pairs(folder / "data", args.pairs, args.side))
+    matcher = model.load()
+    patches = []
+    for pair in pairs:
+        sides = []
+        for path, modality in ((pair.vis, "vis"), (pair.ir, "ir")):
+            detector = matcher.config.inference.get("detector", "structure")
+            cut = cut_patches(
+                load_image(path), modality, patch_size=64, detector=detector, max_keypoints=args.keypoints
+            )
+            sides.append(cut[1])
+        patches.append(sides)
+    list(matcher.match_many(pairs[:1], max_keypoints=args.keypoints))  # warm
+    alone, many = [], []
+    for _ in range(args.rounds):
+        began = time.perf_counter()
+        for vis, ir in patches:
+            features = matcher.describe(vis, "vis"), matcher.describe(ir, "ir")
+            matcher.match(*features)
+        alone.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        for result in matcher.match_many(pairs, max_keypoints=args.keypoints, workers=args.workers):
+            assert result.error is None, result.error
+        many.append(time.perf_counter() - began)
+    ratios = [a / b for a, b in zip(alone, many, strict=True)]
+    count = sum(len(side) for sides in patches for side in sides)
+    print(f"{len(pairs)} pairs, {count} patches; describe and match alone {np.round(alone, 2)} s")
+    print(f"match_many {np.round(many, 2)} s; ratios {np.round(ratios, 3)}, median {np.median(ratios):.3f}")
+
+
+def resident() -> float:
+    """MiB of this process and of those that it started."""
+    total, page = 0, os.sysconf("SC_PAGE_SIZE")
+    children = {os.getpid()}
+    for path in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda p: int(p.parent.name)):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+            if int(path.parent.name) in children or int(fields[1]) in children:
+                children.add(int(path.parent.name))
+                total += int(fields[21]) * page
+        except OSError:
+            continue
+    return total / 2**20
+
+
+def memory(args: argparse.Namespace, model: Model, folder: Path) -> None:
+    write_pairs(folder / "data", 16, args.side)
+    matcher = model.load()
+
+    def pairs() -> Iterator[tuple[str, str]]:
+        for i in range(args.pairs):
+            yield tuple(str(folder / "data" / side / f"{i % 16:06}.png") for side in ("vis", "ir"))  # type: ignore[misc]
+
+    print("pair    MiB    seconds")
+    began = time.perf_counter()
+    for i, _ in enumerate(matcher.match_many(pairs(), max_keypoints=args.keypoints, workers=args.workers), 1):
+        if i in (100, 300, 1000, 3000) or i == args.pairs:
+            print(f"{i:<7} {resident():<6.1f} {time.perf_counter() - began:.0f}", flush=True)
+
+
+def kills(args: argparse.Namespace, model: Model, folder: Path) -> None:
+    folders = write_pairs(folder / "data", args.pairs, args.side)
+    out, rng = folder / "out", random.Random(args.seed)
+    journal = out / "journal.jsonl"
+    command = [sys.executable, str(TESTS / "thin_network.py"), args.command, *map(str, folders)]
+    command += ["-o", str(out), "--model", model.name, "--device", "cpu", "--workers", "1"]
+    if args.command == "match-many":
+        command += ["--max-keypoints", str(args.keypoints), "--min-score", "0", "--save", "npz"]
+    else:
+        command += ["--kind", "translation", "--max-displacement", "4", "--save", "png"]
+
+    def lines() -> int:
+        return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+    for number in range(args.kills):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        at, deadline = lines() + rng.randint(0, max(1, args.pairs // args.kills - 1)), time.monotonic() + 300
+        while process.poll() is None and lines() < at and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.2)
+        process.kill()
+        process.wait()
+        print(f"kill {number + 1}: {lines()} of {args.pairs} in the journal", flush=True)
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    import pyarrow.parquet as pq
+
+    names = pq.read_table(out / "results.parquet")["name"].to_pylist()
+    print(f"last run: exit code {done.returncode}, {json.loads(done.stdout)}")
+    print(f"{args.pairs} pairs: {len(names)} rows, {len(set(names))} names, {lines()} lines in the journal")
+
+
+def ray(args: argparse.Namespace, model: Model, folder: Path) -> None:
+    """Two plain processes with half of the pairs each, and two actors; one thread each."""
+    import ray as cluster
+
+    pairs = pairs_of_folders(*write_pairs(folder / "data", args.pairs, args.side))
+    halves = [pairs[0 : len(pairs) : 2], pairs[1 : len(pairs) : 2]]
+    options = {"max_keypoints": args.keypoints}
+    code = (
+        "import sys, pickle, time\n"
+        "model, pairs, options = pickle.load(sys.stdin.buffer)\n"
+        "matcher = model.load()\n"
+        "print('ready', flush=True); sys.stdin.buffer.read(1)\n"
+        "assert all(r.error is None for r in matcher.match_many(pairs, workers=0, **options))\n"
+    )
+    import pickle
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for _ in range(args.rounds):
+        plain = [
+            subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, env=environment)
+            for _ in halves
+        ]
+        for process, half in zip(plain, halves, strict=True):
+            pickle.dump((model, half, options), process.stdin)
+            process.stdin.flush()
+        for process in plain:
+            process.stdout.readline()
+        began = time.perf_counter()
+        for process in plain:
+            process.stdin.close()
+        assert not any(process.wait() for process in plain)
+        of_plain = time.perf_counter() - began
+        # The first job starts the actors; the time between the first and the last row is what counts.
+        if not cluster.is_initialized():
+            cluster.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        out = Path(tempfile.mkdtemp(dir=folder))
+        began = time.perf_counter()
+        report = run_match(pairs, out, model=model, engine="ray", ray=RayOptions(actors=2, cpus=1), **options)
+        assert report.complete
+        busy = sum(json.loads(line)["seconds"] for line in (out / "journal.jsonl").open()) / 2
+        whole = time.perf_counter() - began
+        print(
+            f"two processes {of_plain:.1f} s; Ray {whole:.1f} s with its start; {busy:.1f} s of work an actor"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--throughput", action="store_true")
+    what.add_argument("--memory", action="store_true")
+    what.add_argument("--kills", type=int)
+    what.add_argument("--ray", action="store_true")
+    parser.add_argument("--command", choices=("match-many", "register-many"), default="match-many")
+    parser.add_argument("--pairs", type=int)
+    parser.add_argument("--side", type=int, help="pixels of an image")
+    parser.add_argument("--keypoints", type=int)
+    parser.add_argument("--workers", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--thin", action="store_true", help="a thin network, which --memory and --kills take anyway"
+    )
+    args = parser.parse_args()
+    small = args.memory or args.kills is not None
+    args.pairs = args.pairs or (10_000 if args.memory else 40 if args.kills is not None else 12)
+    args.side = args.side or (112 if small else 512)
+    args.keypoints = args.keypoints or (16 if small else 300)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        thin = args.thin or small
+        model = thin_model(folder / "model") if thin else Model(DEFAULT_MODEL, device="cpu")
+        if args.throughput:
+            throughput(args, model, folder)
+        elif args.memory:
+            memory(args, model, folder)
+        elif args.ray:
+            ray(args, model, folder)
+        else:
+            kills(args, model, folder)
+
+
+if __name__ == "__main__":
+    main()
