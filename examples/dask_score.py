@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import argparse
 
-import dask.dataframe as dd
-
-from kglmatch.batch import Scorer
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -21,6 +17,10 @@ def main() -> None:
     parser.add_argument("--model", default="kglnet-vis-nir", help="bundled name, folder or Hub id")
     parser.add_argument("--scheduler", help="address of a cluster; default: one process here")
     args = parser.parse_args()
+
+    import dask.dataframe as dd
+
+    from kglmatch.batch import Scorer
 
     if args.scheduler:
         from dask.distributed import Client

@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import argparse
 
-import ray
-
-from kglmatch.batch import Scorer
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -23,6 +19,10 @@ def main() -> None:
     parser.add_argument("--gpus", type=float, default=0, help="of each actor")
     parser.add_argument("--batch", type=int, default=1024, help="pairs that an actor takes at once")
     args = parser.parse_args()
+
+    import ray.data
+
+    from kglmatch.batch import Scorer
 
     scored = ray.data.read_parquet(args.pairs).map_batches(
         Scorer,

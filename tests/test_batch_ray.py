@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import secrets
 import signal
 import socket
@@ -18,6 +19,7 @@ import pytest
 from conftest import other_sensor, texture
 from thin_network import make_thin, save_thin_model, write_folders_of_pairs
 
+from kglmatch import Matcher
 from kglmatch.errors import BackendError, KGLMatchError
 
 pq = pytest.importorskip("pyarrow.parquet", reason="tables need the extra many")
@@ -60,7 +62,6 @@ def end(process: subprocess.Popen) -> None:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[None]:
     """A cluster of our own with room for two actors, to which this process is connected."""
-    ray = pytest.importorskip("ray", reason="needs the extra ray")
     # A token of its own, so that neither the user's is read nor another cluster is reached by mistake.
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment = {
@@ -74,6 +75,7 @@ def cluster(tmp_path_factory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in token.items():
             patch.setenv(name, value)
+        ray = pytest.importorskip("ray", reason="needs the extra ray")  # which reads the token
         for _ in range(3):
             process, address = start_cluster(environment, log)
             try:
@@ -235,6 +237,23 @@ def test_an_item_that_kills_its_actors_is_given_up_and_the_rest_is_done(cluster,
     with pytest.raises(BackendError, match=r"^no such device$"):
         list(run_on_ray(Poison(True), iter([[1]]), RayOptions(actors=1), dict))
     assert list(run_on_ray(Poison(), iter([]), RayOptions(actors=1), dict)) == []
+
+
+def test_the_example_for_ray_data(cluster, tmp_path, monkeypatch):
+    """With the bundled weights: the actors know no thin network."""
+    vis = np.stack([np.rint(texture(64, 64, seed) * 255).astype(np.uint8) for seed in range(8)])
+    table = pa.table(
+        {"id": list(range(8)), "vis": [p.tobytes() for p in vis], "ir": [p.tobytes() for p in vis]}
+    )
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in" / "a.parquet")
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--actors", "1", "--batch", "4"]
+    monkeypatch.setattr(sys, "argv", ["ray_score.py", *arguments])
+    runpy.run_path(str(ROOT / "examples" / "ray_score.py"), run_name="__main__")
+    found = pq.read_table(tmp_path / "out").sort_by("id")
+    assert found.column_names == ["id", "score", "error"] and found["error"].null_count == 8
+    expected = Matcher.from_pretrained(device="cpu").score(vis, vis)
+    np.testing.assert_allclose(found["score"].to_numpy(), expected, atol=1e-5)
 
 
 def test_options_out_of_range():

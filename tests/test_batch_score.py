@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import runpy
+import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import cv2
@@ -24,6 +27,7 @@ from kglmatch.batch import Model, Scorer, run_score, score_job  # noqa: E402
 from kglmatch.batch.shards import count_pairs, find_shards, read_pieces  # noqa: E402
 
 COUNT, SIZE = 23, 64
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -278,8 +282,6 @@ def test_memory_does_not_grow_with_the_pairs(patches, tmp_path):
 
     many = np.lib.format.open_memmap(tmp_path / "vis.npy", "w+", np.uint8, (20_000, SIZE, SIZE))
     many[:] = patches[0][0]
-    import zipfile
-
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         for name in ("vis", "ir"):
             archive.write(tmp_path / "vis.npy", f"{name}.npy")
@@ -288,3 +290,17 @@ def test_memory_does_not_grow_with_the_pairs(patches, tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 40e6  # of 164 MB
+
+
+def test_the_example_for_dask(model, patches, expected, tmp_path, monkeypatch):
+    dask = pytest.importorskip("dask.dataframe", reason="needs dask[dataframe]")
+    (tmp_path / "in").mkdir()
+    halves = slice(0, 12), slice(12, None)
+    for i, rows in enumerate(halves):
+        write_parquet(tmp_path / "in" / f"{i}.parquet", [side[rows] for side in patches], "png")
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--model", model.name]
+    monkeypatch.setattr(sys, "argv", ["dask_score.py", *arguments])
+    runpy.run_path(str(ROOT / "examples" / "dask_score.py"), run_name="__main__")
+    found = dask.read_parquet(tmp_path / "out").compute()
+    assert list(found.columns) == ["name", "score", "error"]
+    np.testing.assert_allclose(found["score"], expected, atol=1e-5)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kglmatch.dense import check_dense
 from kglmatch.errors import KeypointError
-from kglmatch.features import Features, Modality
+from kglmatch.features import Features, Modality, is_whole
 from kglmatch.keypoints import DETECTORS
 from kglmatch.options import (
     DEFAULT_MAX_KEYPOINTS,
@@ -72,10 +72,10 @@ def match_many(
     """`Matcher.match_many`; `workers` may also be some that are kept from call to call."""
     # A wrong parameter is reported here and not by every pair.
     maps = matcher.decision(decide) != "descriptor"
-    check_match_parameters(top_k, min_score, max_displacement)
+    check_match_parameters(top_k, min_score, max_displacement, threshold)
     if detector is not None and detector not in DETECTORS:
         raise KeypointError(f"unknown detector {detector!r}; known are {', '.join(DETECTORS)}")
-    if isinstance(max_keypoints, bool) or not isinstance(max_keypoints, int) or max_keypoints < 1:
+    if not (is_whole(max_keypoints) and max_keypoints >= 1):
         raise KeypointError(f"max_keypoints must be an integer of at least 1, got {max_keypoints!r}")
     if dense:
         check_dense(max_displacement, upright)
