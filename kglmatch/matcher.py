@@ -411,7 +411,7 @@ class Matcher(PatchMatcher):
         pairs: Iterable[Any],
         *,
         workers: int | None = None,
-        kind: str = "auto",
+        kind: str = DEFAULT_KIND,
         max_displacement: float | None = None,
         max_rotation: float = DEFAULT_MAX_ROTATION,
         max_scale: float = DEFAULT_MAX_SCALE,

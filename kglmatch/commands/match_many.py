@@ -16,10 +16,14 @@ from kglmatch.commands.common_many import (
     say_plan,
     say_report,
 )
-from kglmatch.options import DECISIONS, DEFAULT_MAX_KEYPOINTS, DEFAULT_MIN_SCORE, DEFAULT_TOP_K
+from kglmatch.options import (
+    DECISIONS,
+    DEFAULT_MAX_KEYPOINTS,
+    DEFAULT_MIN_SCORE,
+    DEFAULT_TOP_K,
+    DETECTORS,
+)
 
-# As in `kglmatch.keypoints` and `kglmatch.features`, which are too heavy to import for --help.
-DETECTORS = ("sift", "fast", "orb", "gftt", "structure", "grid")
 FORMATS = ("npz", "csv", "json")
 
 EPILOG = f"""{EXIT_CODES}

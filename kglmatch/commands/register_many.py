@@ -16,10 +16,8 @@ from kglmatch.commands.common_many import (
     say_plan,
     say_report,
 )
-from kglmatch.options import DEFAULT_MAX_ROTATION, DEFAULT_MAX_SCALE
+from kglmatch.options import DEFAULT_KIND, DEFAULT_MAX_ROTATION, DEFAULT_MAX_SCALE, KINDS
 
-# As in `kglmatch.geometry`, which is too heavy to import for --help.
-KINDS = ("auto", "translation", "similarity", "affine", "homography")
 FORMATS = ("tif", "png")
 
 EPILOG = f"""{EXIT_CODES}
@@ -50,7 +48,9 @@ def add_parser(subparsers: Any) -> None:
         help="write IR warped onto VIS for each pair that did not fail, in OUTPUT/aligned; bit depth and "
         "channels are kept",
     )
-    how.add_argument("--kind", choices=KINDS, default=KINDS[0], help="of transform (default: %(default)s)")
+    how.add_argument(
+        "--kind", choices=KINDS, default=DEFAULT_KIND, help="of transform (default: %(default)s)"
+    )
     how.add_argument(
         "--max-displacement",
         metavar="R",
@@ -84,9 +84,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     from kglmatch.batch import run_register
     from kglmatch.batch.image_jobs import pending_pairs
-    from kglmatch.registration.align import check_limits
+    from kglmatch.registration.limits import Limits
 
-    check_limits(args.kind, args.max_displacement, args.max_rotation, args.max_scale)
+    Limits(args.kind, args.max_displacement, args.max_rotation, args.max_scale)
     names = ("kind", "max_displacement", "max_rotation", "max_scale", "nodata")
     options = {name: getattr(args, name) for name in names}
     save = None if args.save is None else f".{args.save}"

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from kglmatch.dense import check_dense
 from kglmatch.errors import KeypointError
 from kglmatch.features import Features, Modality, is_whole
-from kglmatch.keypoints import DETECTORS
 from kglmatch.options import (
     DEFAULT_MAX_KEYPOINTS,
     DEFAULT_MIN_SCORE,
     DEFAULT_THRESHOLD,
     DEFAULT_TOP_K,
+    DETECTORS,
 )
 from kglmatch.patch_matcher import PatchMatcher, check_match_parameters, cut_patches
 from kglmatch.streaming.prefetch import Prefetch, Task

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kglmatch.options import DEFAULT_MAX_ROTATION, DEFAULT_MAX_SCALE
+from kglmatch.options import DEFAULT_KIND, DEFAULT_MAX_ROTATION, DEFAULT_MAX_SCALE
 from kglmatch.patch_matcher import PatchMatcher
-from kglmatch.registration.align import Alignment, align, check_limits
+from kglmatch.registration.align import Alignment, align
+from kglmatch.registration.limits import Limits
 from kglmatch.registration.results import Registration
 from kglmatch.registration.verdict import choose
 from kglmatch.streaming.prefetch import Prefetch, Task
@@ -37,20 +38,14 @@ def register_many(
     pairs: Iterable[Any],
     *,
     workers: int | Workers | None = None,
-    kind: str = "auto",
+    kind: str = DEFAULT_KIND,
     max_displacement: float | None = None,
     max_rotation: float = DEFAULT_MAX_ROTATION,
     max_scale: float = DEFAULT_MAX_SCALE,
     nodata: float | None = None,
 ) -> Iterator[PairRegistration]:
     """`Matcher.register_many`; `workers` may also be some that are kept from call to call."""
-    check_limits(kind, max_displacement, max_rotation, max_scale)  # here, and not by every pair
-    limits = {
-        "kind": kind,
-        "max_displacement": max_displacement,
-        "max_rotation": max_rotation,
-        "max_scale": max_scale,
-    }
+    limits = Limits(kind, max_displacement, max_rotation, max_scale)  # wrong ones end here
     if workers is None:
         workers = processors()  # structure takes longer than the network
     own = Workers(workers) if isinstance(workers, int) else None
@@ -64,7 +59,7 @@ def _register_many(
     tasks: Iterator[Task[Pair]],
     workers: Workers,
     own: Workers | None,
-    limits: dict[str, Any],
+    limits: Limits,
 ) -> Iterator[PairRegistration]:
     prefetch = Prefetch(tasks, workers)
     try:
@@ -86,13 +81,13 @@ def _register_many(
         prefetch.close()
 
 
-def _prepare(vis: Any, ir: Any, nodata: float | None, patch_size: int, limits: dict[str, Any]) -> _Prepared:
+def _prepare(vis: Any, ir: Any, nodata: float | None, patch_size: int, limits: Limits) -> _Prepared:
     """Runs in a worker."""
     began = time.perf_counter()
     greys = read_pair(vis, ir, nodata, patch_size)
-    alternatives = align(*greys, **limits)
+    alternatives = align(*greys, limits)
     return _Prepared(*greys, alternatives, time.perf_counter() - began)
 
 
-def _judge(matcher: PatchMatcher, prepared: _Prepared, limits: dict[str, Any]) -> Registration:
-    return choose(matcher, prepared.vis, prepared.ir, prepared.alternatives, **limits)
+def _judge(matcher: PatchMatcher, prepared: _Prepared, limits: Limits) -> Registration:
+    return choose(matcher, prepared.vis, prepared.ir, prepared.alternatives, limits)
