@@ -77,21 +77,36 @@ def throughput(args: argparse.Namespace, model: Model, folder: Path) -> None:
             sides.append(cut[1])
         patches.append(sides)
     list(matcher.match_many(pairs[:1], max_keypoints=args.keypoints))  # warm
-    alone, many = [], []
+    clocks: dict[str, list[tuple[float, float]]] = {"alone": [], "many": []}
     for _ in range(args.rounds):
-        began = time.perf_counter()
+        began = clock()
         for vis, ir in patches:
             features = matcher.describe(vis, "vis"), matcher.describe(ir, "ir")
             matcher.match(*features)
-        alone.append(time.perf_counter() - began)
-        began = time.perf_counter()
+        clocks["alone"].append(elapsed(began))
+        began = clock()
         for result in matcher.match_many(pairs, max_keypoints=args.keypoints, workers=args.workers):
             assert result.error is None, result.error
-        many.append(time.perf_counter() - began)
-    ratios = [a / b for a, b in zip(alone, many, strict=True)]
+        clocks["many"].append(elapsed(began))
     count = sum(len(side) for sides in patches for side in sides)
-    print(f"{len(pairs)} pairs, {count} patches; describe and match alone {np.round(alone, 2)} s")
-    print(f"match_many {np.round(many, 2)} s; ratios {np.round(ratios, 3)}, median {np.median(ratios):.3f}")
+    print(f"{len(pairs)} pairs, {count} patches, {args.rounds} rounds")
+    for unit, column in (("wall", 0), ("processor", 1)):
+        alone, many = ([row[column] for row in clocks[name]] for name in ("alone", "many"))
+        ratios = np.divide(alone, many)
+        print(
+            f"{unit} time: describe and match alone {np.round(alone, 2)} s, match_many {np.round(many, 2)} s"
+        )
+        print(f"    ratio of throughputs {np.round(ratios, 3)}, median {np.median(ratios):.3f}")
+
+
+def clock() -> tuple[float, float]:
+    """Wall time, and processor time of this process and of those that it started and that have ended."""
+    return time.perf_counter(), sum(os.times()[:4])
+
+
+def elapsed(began: tuple[float, float]) -> tuple[float, float]:
+    now = clock()
+    return now[0] - began[0], now[1] - began[1]
 
 
 def resident() -> float:
