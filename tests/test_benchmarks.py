@@ -129,3 +129,13 @@ def test_published_registration_lists_the_pair_that_is_off(run, pairs, tmp_path)
     cv2.imwrite(str(folder / "0001_nir.png"), np.roll(ir, (4, -5), axis=(0, 1)))
     printed = run("published_registration.py", folder)
     assert printed.splitlines()[-1] == "off by more than 3 px: field/0001"
+
+
+def test_many(run, monkeypatch):
+    pytest.importorskip("pyarrow", reason="tables need the extra many")
+    make_thin(monkeypatch)  # undone afterwards, which the script itself does not
+    small = ("--thin", "--pairs", 2, "--side", 112, "--keypoints", 8, "--rounds", 1, "--workers", 0)
+    printed = run("many.py", "--throughput", *small)
+    assert re.findall(r"(wall|processor) time:", printed) == ["wall", "processor"]
+    printed = run("many.py", "--memory", "--pairs", 3, "--workers", 0)
+    assert float(printed.splitlines()[-1].split()[1]) > 10  # MiB
