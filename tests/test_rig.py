@@ -79,7 +79,7 @@ def test_a_rig_is_calibrated_from_all_captures(rig):
         assert band.transform is not None and corner_error(band.transform, truth, SIZE) < 0.2
         assert band.kind == "similarity" and band.via is None and band.confidence > 0.5
         assert band.num_judged == band.num_agreeing >= 5
-        assert band.support > 0.5 and band.agreement > 0.9
+        assert band.support > 0.5 and band.agreement > 0.85
     assert 0.2 < rig["2"].spread < 0.9 and rig["3"].spread < 0.3
 
 

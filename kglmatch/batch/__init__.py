@@ -1,6 +1,5 @@
 """Flights and folders: rigs that are calibrated once, jobs that resume, engines that run them anywhere."""
 
-
 import lazy_loader
 
 # The names stand in `__init__.pyi`; each is loaded on first use.
