@@ -10,6 +10,7 @@ matrix, so that nothing is reshaped.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -313,7 +314,11 @@ class _MetricHead(nn.Module):
         super().__init__()
         self.norm: nn.Module
         if head.norm is None:
-            self.conv, self.norm, self.fc1 = head.conv.to(dtype), _TLU(head.activation, dtype), head.fc1
+            self.conv, self.norm, self.fc1 = (
+                copy.deepcopy(head.conv).to(dtype),
+                _TLU(head.activation, dtype),
+                head.fc1,
+            )
         else:
             self.conv, gain = _fold(head.conv, head.norm, None, dtype)
             self.norm = _FRNTLU(head.norm, head.activation, gain, size, opset)

