@@ -340,7 +340,7 @@ def test_damaged_weights(folder, model, capsys, damage, words):
         ({"inference": []}, ["inference"]),
         ({"descriptor_dim": 64}, ["does not fit"]),
         ({"patch_size": 32}, ["does not fit"]),
-        ({"metric_siamese": True}, ["does not fit", "missing"]),
+        ({"metric_trunk": "own"}, ["does not fit", "missing"]),
         (None, ["lacks config.json"]),
         (b"\xff\xfe\x00", ["config.json"]),
     ],

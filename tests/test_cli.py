@@ -439,8 +439,8 @@ def test_info_describes_a_model(capsys):
     assert found["weights_bytes"] == len(weights)
     assert found["weights_sha256"] == hashlib.sha256(weights).hexdigest()
     assert found["config"]["patch_size"] == 64
-    # The design's 6.41 M; the batch norm's running statistics are no parameters.
-    assert found["parameters"] == 6_409_713
+    # One trunk, two stems, two heads; the batch norm's running statistics are no parameters.
+    assert found["parameters"] == 4_191_197
     assert "4,191,197" in text and found["weights_sha256"] in text
 
 

@@ -174,7 +174,7 @@ def test_training_recipes_make_a_step(recipe: Path, tmp_path: Path, monkeypatch)
 
     make_thin(monkeypatch)
     write_image_pairs(tmp_path)
-    small = {"validation_images": 1, "validation_pairs": 8, "max_points": 20, "batch_size": 4, "steps": 1}
+    small = {"validation_images": 1, "validation_pairs": 8, "max_points": 20, "batch_size": 12, "steps": 1}
     config = dataclasses.replace(
         TrainingConfig.from_toml(recipe, data=str(tmp_path)),
         **small,

@@ -181,7 +181,7 @@ def test_loading_is_strict(folder, change, message):
 
 def test_another_configuration_does_not_fit(folder):
     values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | {"metric_siamese": True}))
+    (folder / "config.json").write_text(json.dumps(values | {"metric_trunk": "own"}))
     with pytest.raises(WeightsError, match="does not fit"):
         load_model(folder)
     (folder / "config.json").write_text(json.dumps(values | {"model_type": "bert"}))
