@@ -32,7 +32,12 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--kind", default="affine", help="similarity for radar, whose windows are noisy")
+    parser.add_argument(
+        "--kind",
+        choices=("similarity", "affine"),
+        default="affine",
+        help="similarity for radar, whose windows are noisy",
+    )
     parser.add_argument(
         "--leave-out-every", type=int, metavar="N", help="skip the Nth, 2Nth, ... pair: those are for testing"
     )
