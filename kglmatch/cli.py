@@ -19,6 +19,7 @@ from kglmatch.errors import KGLMatchError
 COMMANDS = (
     "match",
     "register",
+    "verify",
     "check",
     "rig",
     "apply",
@@ -68,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes those of the process.
 
     Returns:
-        the exit code: 0, 1 where `register` or `check` says "failed", 2 for a user's mistake (one line
-        on stderr), 130 after Ctrl-C.
+        the exit code: 0, 1 where `register`, `verify` or `check` says "failed", 2 for a user's mistake (one
+        line on stderr), 130 after Ctrl-C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names that the terminal cannot show

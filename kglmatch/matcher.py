@@ -30,8 +30,10 @@ from kglmatch.options import (
 )
 from kglmatch.patch_matcher import PatchMatcher
 from kglmatch.registration.limits import Limits
+from kglmatch.registration.proposals import Proposer, read_proposal
 from kglmatch.registration.results import BandRegistration, Registration, RegistrationCheck
 from kglmatch.registration.verdict import check, register, register_stack
+from kglmatch.registration.verify import verify
 from kglmatch.streaming.match import match_many
 from kglmatch.streaming.register import register_many
 from kglmatch.streaming.results import PairMatches, PairRegistration
@@ -271,6 +273,7 @@ class Matcher(PatchMatcher):
         max_displacement: float | None = None,
         max_rotation: float = DEFAULT_MAX_ROTATION,
         max_scale: float = DEFAULT_MAX_SCALE,
+        proposers: Sequence[Proposer] = (),
     ) -> Registration:
         """Finds the transform between two whole images, and says whether to believe it.
 
@@ -285,16 +288,52 @@ class Matcher(PatchMatcher):
                 that leaves a third of the image in common.
             max_rotation: degrees, either way; 180 searches every rotation.
             max_scale: factor, either way, in addition to the ratio of the image sizes.
+            proposers: callables ``(vis, ir) -> matches or transform`` that propose too: other matchers
+                through `kglmatch.proposers`, or functions of your own. They get both images as (H, W) float32
+                in [0, 1]; what they may return is in `kglmatch.registration.proposals`. All proposals within
+                the limits are refined and judged alike.
 
         Returns:
-            `Registration`; its verdict is "failed" where nothing was found that holds.
+            `Registration`; its verdict is "failed" where nothing was found that holds, its `proposer` says
+            who proposed it, and its `errors` which proposers raised.
 
         Raises:
             ImageError: unreadable, or smaller than a patch.
-            KGLMatchError: a parameter out of range.
+            KGLMatchError: a parameter out of range, or a proposer that cannot be called.
         """
         limits = Limits(kind, max_displacement, max_rotation, max_scale)
-        return register(self, self.load(vis), self.load(ir), limits)
+        return register(self, self.load(vis), self.load(ir), limits, proposers)
+
+    def verify(
+        self, vis: Any, ir: Any, transform: Any, *, kind: str = DEFAULT_KIND, refine: bool = False
+    ) -> Registration:
+        """Says whether a transform, or matches, from anywhere hold between two whole images.
+
+        A transform is judged as it is given: where it is more than 3 pixels (`options.VERIFY_TOLERANCE`) from
+        what holds around it, at 5 % of the places that were compared or more, it is not "registered", and
+        more than twice as far it has "failed". Pixels are those of the image with the larger ones.
+
+        Args:
+            vis, ir: images, as for `extract`; sizes and resolutions may differ.
+            transform: (3, 3) or (2, 3) from visible to ir pixels; or matches: (N, 4) with x and y in the
+                visible and in the ir image, two arrays (N, 2), or `Matches` with keypoints. Of matches, the
+                transform that most agree on is judged.
+            kind: of the transform that is fitted to matches, or found by `refine`; as for `register`.
+            refine: give the refined transform, to a fraction of a pixel, with its own verdict. It is looked
+                for up to a twenty-fifth of the image's longer side from the given one.
+
+        Returns:
+            `Registration`, with `proposer` "given"; its verdict is "failed" where matches agree on no
+            transform.
+
+        Raises:
+            ImageError: unreadable, or smaller than a patch.
+            KGLMatchError: another kind; a transform that is not (3, 3) or (2, 3), not finite or cannot be
+                inverted; matches of another shape.
+        """
+        limits = Limits(kind)
+        given = read_proposal(transform, "given")
+        return verify(self, self.load(vis), self.load(ir), given, kind=limits.kind, refined=refine)
 
     def check(
         self, vis: Any, ir: Any, *, max_displacement: float = DEFAULT_CHECK_DISPLACEMENT

@@ -33,6 +33,10 @@ DEFAULT_MAX_ROTATION = 15.0  # degrees
 DEFAULT_MAX_SCALE = 1.25
 DEFAULT_CHECK_DISPLACEMENT = 16.0  # pixels
 CHECK_DISPLACEMENTS = (1.0, 64.0)  # that may be asked for
+# Pixels that a transform given to `verify` may be off, of the image that has the larger pixels.
+VERIFY_TOLERANCE = 3.0
+# Proposers that the command line knows by name, see `kglmatch.proposers`.
+PROPOSERS = ("sift", "akaze", "orb")
 # The bands of a rig are mounted side by side.
 DEFAULT_BAND_ROTATION = 5.0
 DEFAULT_BAND_SCALE = 1.1

@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "datasets": SHARED | DATA | IMAGES,
     "evaluation": SHARED | DATA | IMAGES | {"datasets", "matcher", "models"},
     "visualize": SHARED | DATA | IMAGES | {"registration"},
+    "proposers": SHARED | DATA,
     "interop": SHARED | DATA | IMAGES | {"matcher", "registration"},
     "training": SHARED | DATA | IMAGES | NETWORK | {"datasets", "evaluation"},
 }

@@ -28,6 +28,7 @@ from kglmatch.options import (
     DEFAULT_MAX_ROTATION,
     DEFAULT_MAX_SCALE,
     KINDS,
+    PROPOSERS,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from kglmatch.features import Matches
     from kglmatch.matcher import Matcher
+    from kglmatch.proposers import OpenCVProposer
     from kglmatch.registration.files import MapFrame, TiffFields
     from kglmatch.registration.limits import Limits
     from kglmatch.registration.results import BandRegistration, Registration
@@ -158,6 +160,14 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         help="factor, either way, in addition to the ratio of the image sizes, 1 to 4 "
         f"(default: {DEFAULT_MAX_SCALE}; for bands {DEFAULT_BAND_SCALE})",
     )
+    how.add_argument(
+        "--proposer",
+        choices=PROPOSERS,
+        action="append",
+        default=[],
+        help="features of OpenCV that propose a transform too, judged like ours; may be given several times; "
+        "not for bands",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -165,6 +175,7 @@ def run(args: argparse.Namespace) -> int:
     rig = len(args.ir) > 1
     # Mistakes are reported before the model is loaded.
     limits = _limits(args, rig)
+    proposers = _proposers(args, rig)
     _check_names(args, rig)
     inputs = _read(args, rig)
     outputs = {f"--{name}": getattr(args, name) for name in (*_SINGLE, "save")}
@@ -174,7 +185,9 @@ def run(args: argparse.Namespace) -> int:
 
     for path, grey in zip((args.vis, *args.ir), inputs.greys, strict=True):
         check_image_size(grey, matcher.config.patch_size, str(path))
-    return (_run_rig if rig else _run_pair)(args, matcher, inputs, limits)
+    if rig:
+        return _run_rig(args, matcher, inputs, limits)
+    return _run_pair(args, matcher, inputs, limits, proposers)
 
 
 def _limits(args: argparse.Namespace, rig: bool) -> Limits:
@@ -186,6 +199,15 @@ def _limits(args: argparse.Namespace, rig: bool) -> Limits:
     if scale is None:
         scale = DEFAULT_BAND_SCALE if rig else DEFAULT_MAX_SCALE
     return Limits(args.kind, args.max_displacement, rotation, scale)
+
+
+def _proposers(args: argparse.Namespace, rig: bool) -> list[OpenCVProposer]:
+    from kglmatch.errors import KGLMatchError
+    from kglmatch.proposers import named_proposer
+
+    if rig and args.proposer:
+        raise KGLMatchError(f"--proposer is for one VIS and one IR, got {len(args.ir)} bands")
+    return [named_proposer(name) for name in dict.fromkeys(args.proposer)]
 
 
 # --- before the work ------------------------------------------------------------------------------
@@ -261,10 +283,16 @@ def _check_nodata(nodata: float, dtype: np.dtype[Any], path: Path) -> None:
 # --- one pair -------------------------------------------------------------------------------------
 
 
-def _run_pair(args: argparse.Namespace, matcher: Matcher, inputs: _Inputs, limits: Limits) -> int:
+def _run_pair(
+    args: argparse.Namespace,
+    matcher: Matcher,
+    inputs: _Inputs,
+    limits: Limits,
+    proposers: list[OpenCVProposer],
+) -> int:
     path = args.ir[0]
     began = time.perf_counter()
-    found = matcher.register(*inputs.greys, **asdict(limits))
+    found = matcher.register(*inputs.greys, **asdict(limits), proposers=proposers)
     seconds = time.perf_counter() - began
     written = _write_pair(args, inputs, found)
     if args.json:
@@ -276,6 +304,8 @@ def _run_pair(args: argparse.Namespace, matcher: Matcher, inputs: _Inputs, limit
             print(_effect(found, found.transform))
         for name in written:
             print(f"wrote {name}")
+    for error in found.errors:
+        say(f"proposer {error}")
     if found.verdict == "failed":
         unwritten = any(getattr(args, name) is not None for name in ("output", *_SINGLE))
         say(f"{path}: not registered to {args.vis}{'; no image was written' if unwritten else ''}")
@@ -453,13 +483,16 @@ def _timing(seconds: float, written: list[Path]) -> dict[str, Any]:
 
 
 def _summary(found: Registration) -> str:
+    from kglmatch.registration.results import OURS
+
     verdict = f"{found.verdict}, confidence {found.confidence:.2f}"
     if found.transform is None:
         return verdict
     inliers = int(found.inliers.sum())
     agreed = f"{inliers} of {len(found.inliers)} places agree"
     residual = f", median residual {found.median_residual:.2f} px" if inliers else ""
-    return f"{verdict}: {found.kind}, {agreed}{residual}"
+    by = "" if found.proposer == OURS else f", proposed by {found.proposer}"
+    return f"{verdict}: {found.kind}, {agreed}{residual}{by}"
 
 
 def _effect(found: Registration, transform: NDArray[np.float64]) -> str:

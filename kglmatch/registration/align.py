@@ -171,6 +171,22 @@ def refine(
     return _finish(last, chosen, correction, support)
 
 
+def best_start(vis: Image, ir: Image, starts: Sequence[Matrix]) -> Matrix | None:
+    """The transform (3, 3) that the coarse structure of two images agrees with best; None of none."""
+    if len(starts) < 2:
+        return starts[0] if starts else None
+
+    def coarse_vote(start: Matrix) -> float:
+        level = make_level(vis, ir, start, FIRST_SIDE, radius=10, across=9)
+        return (
+            -1.0
+            if level is None
+            else float(votes(smooth(level.surfaces, 2.0), level.centres, np.eye(3)).mean())
+        )
+
+    return max(starts, key=coarse_vote)
+
+
 def mean_vote(vis: Image, ir: Image, transform: Matrix) -> float | None:
     """How clearly the finest structure of two images agrees with a transform as it is: about 0 (not) to 3.
 

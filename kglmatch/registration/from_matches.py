@@ -19,7 +19,7 @@ from kglmatch.geometry import fit_robustly, transform_points
 from kglmatch.options import TransformKind
 from kglmatch.patch_matcher import PatchMatcher
 from kglmatch.registration.align import LEAST_SUPPORT, Alignment, refine
-from kglmatch.registration.limits import Limits, nominal_scales
+from kglmatch.registration.limits import Limits, nominal_scales, within_limits
 from kglmatch.resampling import enlarge, resize_between, shrink
 
 Image = NDArray[np.float32]
@@ -36,7 +36,6 @@ _TOLERANCE = 0.008
 _NEAR = 0.005
 _KEPT = 0.8  # of the matches: if structure loses more of them, it went astray
 _REFINED_RADIUS = 5  # pixels at a width of 256
-_SLACK = 1.1  # a limit is not overrun by the noise of a match
 
 
 def align_by_matches(matcher: PatchMatcher, vis: Image, ir: Image, limits: Limits) -> Alignment | None:
@@ -58,7 +57,7 @@ def align_by_matches(matcher: PatchMatcher, vis: Image, ir: Image, limits: Limit
         consensus
         for scale in scales
         if (consensus := _match(matcher, vis, ir, scale, upright, kind == "translation")) is not None
-        and _within(consensus.transform, scales, vis, ir, limits)
+        and within_limits(consensus.transform, vis, ir, limits)
     ]
     if not found:
         return None
@@ -143,17 +142,3 @@ def _most_common_shift(vis: Matrix, ir: Matrix, scale: float, tolerance: float) 
     transform = np.diag([scale, scale, 1.0])
     transform[:2, 2] = moved[near[near.sum(axis=1).argmax()]].mean(axis=0)
     return transform
-
-
-def _within(transform: Matrix, scales: list[float], vis: Image, ir: Image, limits: Limits) -> bool:
-    """Whether a similarity keeps the limits, about one of the scales that images may have."""
-    zoom = max(float(np.sqrt(np.linalg.det(transform[:2, :2]))), 1e-6)
-    turned = abs(np.rad2deg(np.arctan2(transform[1, 0], transform[0, 0])))
-    zoomed = min(abs(np.log(zoom / scale)) for scale in scales)
-    if turned > limits.max_rotation * _SLACK + 1 or zoomed > np.log(limits.max_scale) * _SLACK + 0.01:
-        return False
-    if limits.max_displacement is None:
-        return True
-    centre_vis, centre_ir = ((np.array(image.shape[1::-1]) - 1) / 2 for image in (vis, ir))
-    moved = np.abs(transform_points(transform, centre_vis[None])[0] - centre_ir) / zoom
-    return bool((moved <= limits.max_displacement * _SLACK + 1).all())

@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kglmatch.errors import KGLMatchError
+from kglmatch.geometry import transform_points
 from kglmatch.options import DEFAULT_KIND, DEFAULT_MAX_ROTATION, DEFAULT_MAX_SCALE, KINDS
 
 SAME_SCALE = 0.06  # of log scale: images whose sizes differ by less have one scale
+_SLACK = 1.1  # a limit is not overrun by the noise of a match
 
 
 @dataclass(frozen=True)
@@ -58,3 +60,29 @@ def nominal_scales(vis: NDArray[np.float32], ir: NDArray[np.float32]) -> list[fl
     """
     ratio = float(np.sqrt(ir.size / vis.size))
     return [1.0, ratio] if abs(np.log(ratio)) > SAME_SCALE else [1.0]
+
+
+def within_limits(
+    transform: NDArray[np.float64], vis: NDArray[np.float32], ir: NDArray[np.float32], limits: Limits
+) -> bool:
+    """Whether a transform keeps the limits, about one of the scales that the images may have.
+
+    Rotation and scale are those at the middle of the visible image.
+
+    Args:
+        transform: (3, 3) from visible to ir pixels.
+        vis, ir: (H, W).
+    """
+    centre_vis, centre_ir = ((np.array(image.shape[1::-1]) - 1) / 2 for image in (vis, ir))
+    around = centre_vis + np.array([[0, 0], [0.5, 0], [-0.5, 0], [0, 0.5], [0, -0.5]])
+    moved = transform_points(transform, around)
+    right, down = moved[1] - moved[2], moved[3] - moved[4]
+    zoom = max(float(np.sqrt(max(right[0] * down[1] - right[1] * down[0], 0.0))), 1e-6)
+    turned = abs(np.rad2deg(np.arctan2(right[1] - down[0], right[0] + down[1])))
+    zoomed = min(abs(np.log(zoom / scale)) for scale in nominal_scales(vis, ir))
+    if turned > limits.max_rotation * _SLACK + 1 or zoomed > np.log(limits.max_scale) * _SLACK + 0.01:
+        return False
+    if limits.max_displacement is None:
+        return True
+    shift = np.abs(moved[0] - centre_ir) / zoom
+    return bool((shift <= limits.max_displacement * _SLACK + 1).all())

@@ -14,6 +14,8 @@ from kglmatch.resampling import Interpolation, covered_by, warp_image
 
 Verdict = Literal["registered", "doubtful", "failed"]
 
+OURS = "kglmatch"  # the proposer that always takes part
+
 
 @dataclass(frozen=True, eq=False)
 class Registration:
@@ -36,6 +38,9 @@ class Registration:
         num_matches: keypoint matches found without a prior that agree with the transform; 0 where structure
             was enough, and none were looked for.
         vis_size, ir_size: (width, height) in pixels.
+        proposer: what proposed the transform: "kglmatch", or one of `Matcher.register`'s proposers by its
+            name; "given" for `Matcher.verify`.
+        errors: one line for each proposer that raised, or returned neither matches nor a transform.
     """
 
     verdict: Verdict
@@ -52,6 +57,8 @@ class Registration:
     num_matches: int
     vis_size: tuple[int, int]
     ir_size: tuple[int, int]
+    proposer: str = OURS
+    errors: tuple[str, ...] = ()
 
     @property
     def median_residual(self) -> float:
@@ -110,6 +117,8 @@ class Registration:
             "num_matches": self.num_matches,
             "vis_size": list(self.vis_size),
             "ir_size": list(self.ir_size),
+            "proposer": self.proposer,
+            "errors": list(self.errors),
         }
 
 

@@ -9,6 +9,7 @@ prior, and that agree on one transform, take the place of structure.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import cv2
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from kglmatch.errors import ImageError, KGLMatchError
 from kglmatch.features import to_numpy
-from kglmatch.geometry import transform_points
+from kglmatch.geometry import corner_error, transform_points
 from kglmatch.matching import distance_from_cosine
 from kglmatch.options import CHECK_DISPLACEMENTS, TRANSFORMS
 from kglmatch.patch_matcher import PatchMatcher
@@ -26,13 +27,21 @@ from kglmatch.registration.align import (
     LEAST_SUPPORT,
     Alignment,
     align,
+    best_start,
     displacement_field,
     refine,
     same_place,
 )
 from kglmatch.registration.from_matches import LEAST, align_by_matches
-from kglmatch.registration.limits import Limits
-from kglmatch.registration.results import BandRegistration, Registration, RegistrationCheck, Verdict
+from kglmatch.registration.limits import Limits, within_limits
+from kglmatch.registration.proposals import Proposal, Proposer, candidates, is_usable, propose
+from kglmatch.registration.results import (
+    OURS,
+    BandRegistration,
+    Registration,
+    RegistrationCheck,
+    Verdict,
+)
 from kglmatch.resampling import covered_by, warp_image
 
 Image = NDArray[np.float32]
@@ -51,6 +60,7 @@ _DOUBTFUL, _REGISTERED = 1.0, 1.1
 # A third witness may stand in for structure: matches found without a prior that agree on the transform.
 _DOUBTFUL_MATCHES, _REGISTERED_MATCHES = LEAST, 16
 _REGISTERED_CONFIDENCE = 0.5
+_ALIKE = 1.0  # ir pixels: two transforms that are nearer at the corners are judged once
 _COMPOSED_RADIUS = 5  # pixels at a width of 256 that two registrations in a row may be wrong by
 
 
@@ -97,25 +107,72 @@ def give_verdict(support: float, agreed: float, num_matches: int = 0) -> Verdict
     return "registered" if total >= _REGISTERED else "doubtful" if total >= _DOUBTFUL else "failed"
 
 
-def register(matcher: PatchMatcher, vis: Image, ir: Image, limits: Limits) -> Registration:
+def register(
+    matcher: PatchMatcher, vis: Image, ir: Image, limits: Limits, proposers: Sequence[Proposer] = ()
+) -> Registration:
     """`Matcher.register` on grey images (H, W) in [0, 1]."""
-    return choose(matcher, vis, ir, align(vis, ir, limits), limits)
+    proposals, errors = propose(proposers, vis, ir)
+    found = choose(matcher, vis, ir, align(vis, ir, limits), limits, proposals)
+    return dataclasses.replace(found, errors=errors) if errors else found
 
 
 def choose(
-    matcher: PatchMatcher, vis: Image, ir: Image, alternatives: Sequence[Alignment], limits: Limits
+    matcher: PatchMatcher,
+    vis: Image,
+    ir: Image,
+    alternatives: Sequence[Alignment],
+    limits: Limits,
+    proposals: Sequence[Proposal] = (),
 ) -> Registration:
-    """The registration that holds best, of what `align` found within these limits."""
+    """The registration that holds best, of what `align` found within the limits and others propose."""
     judged = [judge(matcher, vis, ir, alignment) for alignment in alternatives[:_ALTERNATIVES]]
+    for proposal in proposals:
+        found = judge_proposal(matcher, vis, ir, proposal, limits, judged)
+        judged += [] if found is None else [found]
     if not any(r.verdict == "registered" for r in judged):
         # Costs as much again, and is seldom needed.
-        found = align_by_matches(matcher, vis, ir, limits)
-        if found is not None:
-            judged.append(judge(matcher, vis, ir, found))
-    return max(judged, key=lambda r: r.confidence) if judged else _nothing_found(vis, ir)
+        by_matches = align_by_matches(matcher, vis, ir, limits)
+        if by_matches is not None:
+            judged.append(judge(matcher, vis, ir, by_matches))
+    return max(judged, key=lambda r: r.confidence) if judged else nothing_found(vis, ir)
 
 
-def judge(matcher: PatchMatcher, vis: Image, ir: Image, alignment: Alignment) -> Registration:
+def judge_proposal(
+    matcher: PatchMatcher,
+    vis: Image,
+    ir: Image,
+    proposal: Proposal,
+    limits: Limits,
+    known: Sequence[Registration] = (),
+) -> Registration | None:
+    """Refines a proposal and judges it, as what `align` finds.
+
+    Args:
+        known: registrations that it is not judged again for, where it is refined to one of them.
+
+    Returns:
+        the registration; None where the proposal stands for no transform within the limits, too little of the
+        images overlaps, or it is known.
+    """
+    starts = [
+        transform
+        for transform in candidates(proposal, limits.kind)
+        if is_usable(transform, vis, ir) and within_limits(transform, vis, ir, limits)
+    ]
+    start = best_start(vis, ir, starts)
+    alignment = None if start is None else refine(vis, ir, start, kind=limits.kind)
+    if alignment is None:
+        return None
+    size = (vis.shape[1], vis.shape[0])
+    for other in known:
+        if other.transform is not None and corner_error(alignment.transform, other.transform, size) < _ALIKE:
+            return None
+    return judge(matcher, vis, ir, alignment, proposal.name)
+
+
+def judge(
+    matcher: PatchMatcher, vis: Image, ir: Image, alignment: Alignment, proposer: str = OURS
+) -> Registration:
     """Lets the network compare patches that an alignment places at the same spot."""
     size = matcher.config.patch_size
     height, width = vis.shape
@@ -153,10 +210,12 @@ def judge(matcher: PatchMatcher, vis: Image, ir: Image, alignment: Alignment) ->
         num_matches=alignment.num_matches,
         vis_size=(width, height),
         ir_size=(ir.shape[1], ir.shape[0]),
+        proposer=proposer,
     )
 
 
-def _nothing_found(vis: Image, ir: Image) -> Registration:
+def nothing_found(vis: Image, ir: Image, proposer: str = OURS) -> Registration:
+    """The failed registration of two images for which there is no transform to judge."""
     points, values = np.empty((0, 2), np.float32), np.empty(0, np.float32)
     return Registration(
         verdict="failed",
@@ -173,6 +232,7 @@ def _nothing_found(vis: Image, ir: Image) -> Registration:
         num_matches=0,
         vis_size=(vis.shape[1], vis.shape[0]),
         ir_size=(ir.shape[1], ir.shape[0]),
+        proposer=proposer,
     )
 
 
@@ -187,7 +247,7 @@ def check(matcher: PatchMatcher, vis: Image, ir: Image, *, max_displacement: flo
         sizes = " and ".join(f"{image.shape[1]} x {image.shape[0]}" for image in (vis, ir))
         raise ImageError(f"check needs images of one size, got {sizes}; register takes any two")
     field = displacement_field(vis, ir, max_displacement)
-    registration = _nothing_found(vis, ir) if field is None else judge(matcher, vis, ir, field.alignment)
+    registration = nothing_found(vis, ir) if field is None else judge(matcher, vis, ir, field.alignment)
     size = (vis.shape[1], vis.shape[0])
     if field is None or not field.judged.any() or registration.verdict == "failed":
         points = np.empty((0, 2)) if field is None else field.points
