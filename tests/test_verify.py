@@ -188,8 +188,8 @@ def test_distance_from_what_holds_decides():
     assert (near.verdict, near.confidence) == ("registered", 0.9) and not near.inliers.any()
     assert judged(1.5).inliers.all()
     assert np.allclose(judged(1.5).residuals, 1.5, atol=1e-3)
-    some = judged(1.5 * VERIFY_TOLERANCE)
-    assert some.verdict == "doubtful" and some.confidence == pytest.approx(0.5 * (2 - 1.5 / 1.1))  # in visible pixels, which are larger
+    some = judged(1.5 * VERIFY_TOLERANCE)  # over 1.1 visible pixels, which are larger
+    assert some.verdict == "doubtful" and some.confidence == pytest.approx(0.5 * (2 - 1.5 / 1.1))
     far = judged(2.4 * VERIFY_TOLERANCE)
     assert (far.verdict, far.confidence, far.transform, far.kind) == ("failed", 0.0, None, None)
     weak = judged(1.0, verdict="doubtful", confidence=0.3)
