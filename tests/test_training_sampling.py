@@ -216,12 +216,18 @@ def test_points_whose_second_patch_shows_nothing_are_left_out(tmp_path):
         load_training_data(dataclasses.replace(config, least_contrast=200.0), 32)
 
 
+def test_a_simulated_source_holds_out_nothing_by_default():
+    config = TrainingConfig.from_dict({"data": [{"path": "a"}, {"path": "b", "simulated": True}]})
+    assert [source.validation_images for source in config.sources] == [6, 0]
+    assert TrainingConfig.from_dict(config.to_dict()) == config
+
+
 def test_wrong_data_sources_are_errors():
     for wrong, said in (
         ({"weight": 0.0}, "weight of a data source must be above 0, got 0.0"),
         ({"weight": float("inf")}, "weight"),
         ({"validation_images": -1}, "validation_images must be at least 0, got -1"),
-        ({"simulated": True}, "validation_images must be 0 for a simulated source, got 6"),
+        ({"simulated": True, "validation_images": 6}, "must be 0 for a simulated source, got 6"),
     ):
         with pytest.raises(ConfigError, match=said):
             DataSource("a", **wrong)

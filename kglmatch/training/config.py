@@ -19,6 +19,9 @@ TRAINED = ("all", "metric_head")
 PRECISIONS = ("float32", "float16", "bfloat16")
 
 
+_HELD_OUT = 6  # images of a data source
+
+
 @dataclass(frozen=True)
 class DataSource:
     """One of several data sets of a run.
@@ -28,8 +31,8 @@ class DataSource:
             `kglmatch.datasets.find_patch_sources`); with `simulated` a folder of colour images, best not
             those of another source, whose held-out images they would show.
         weight: its share of the training pairs, relative to the other sources.
-        validation_images: N images (of a patch file: pairs) at the end of the numbering are held out; 0 for
-            none, which is all that a simulated source can have.
+        validation_images: N images (of a patch file: pairs) at the end of the numbering are held out, by
+            default 6; 0 for none, which is the default of a simulated source and all that it can have.
         simulated: the second sensor is drawn anew for each patch from the colour image
             (`kglmatch.training.simulation`).
 
@@ -39,10 +42,12 @@ class DataSource:
 
     path: str
     weight: float = 1.0
-    validation_images: int = 6
+    validation_images: int = None  # type: ignore[assignment]  # until `simulated` is known
     simulated: bool = False
 
     def __post_init__(self) -> None:
+        if self.validation_images is None:
+            object.__setattr__(self, "validation_images", 0 if self.simulated else _HELD_OUT)  # type: ignore[unreachable]
         if not 0 < self.weight < math.inf:
             raise ConfigError(f"the weight of a data source must be above 0, got {self.weight}")
         if self.validation_images < 0 or (self.simulated and self.validation_images):
@@ -99,7 +104,7 @@ class TrainingConfig:
     """
 
     data: str | tuple[DataSource, ...]
-    validation_images: int = 6
+    validation_images: int = _HELD_OUT
     validation_pairs: int = 1000
     validation_negatives: int = 6
     max_points: int = 1500
