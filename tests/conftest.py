@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,3 +139,15 @@ def image_pair(tmp_path: Path) -> tuple[Path, Path]:
     for path, image in zip(paths, (vis, other_sensor(vis)), strict=True):
         cv2.imwrite(str(path), np.rint(image * 255).astype(np.uint8))
     return paths
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of 128 KiB, where one can be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import pickle
@@ -187,6 +188,37 @@ def test_a_damaged_shard_is_a_row_and_is_continued_once_it_is_whole(
     assert facts[0]["total"] is None and facts[1]["answered"] == 3 * COUNT
     assert facts[1]["done_before"] == COUNT + done
     np.testing.assert_allclose([row["score"] for row in rows(out)], np.tile(expected, 3), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_tar_that_ends_between_two_files_is_truncated(patches, tmp_path, mode):
+    """tarfile takes the end of the file for the end of the archive."""
+    path = write_tar(tmp_path / "a.tar", patches)
+    with tarfile.open(path) as archive:
+        # The file of the ir patch of pair 11.
+        end = [member.offset for member in archive.getmembers()][2 * 11 + 1]
+    content = path.read_bytes()[:end]
+    path.write_bytes(gzip.compress(content) if mode == "w:gz" else content)
+    names = []
+    with pytest.raises(DataError, match=r"a\.tar: the archive is truncated: it lacks the blocks that end it"):
+        for piece in read_pieces(path, SIZE, 5):
+            names += piece.names
+    assert len(names) == 10  # whole pieces: the others are read again once the shard is whole
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_resumes(model, patches, small_disk, tmp_path, capsys):
+    shard = write_parquet(tmp_path / "a.parquet", patches)
+    out, ballast = small_disk / "out", small_disk / "ballast"
+    command = ["score-many", str(shard), "-o", str(out), "--model", model.name, "--device", "cpu"]
+    ballast.write_bytes(bytes(112 << 10))
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "No space left" in captured.err
+    ballast.unlink()
+    assert not list(out.rglob(".tmp-*"))
+    assert main([*command, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["answered"] == COUNT == len(rows(out)) and facts["done_before"] < COUNT
 
 
 def test_a_run_that_stops_is_resumed_after_the_last_whole_piece(

@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -249,7 +249,18 @@ def _read_tar(path: Path, patch_size: int, rows: int, skip: int) -> Iterator[Pie
 
 def _samples(path: Path) -> Generator[tuple[str, bytes | None, bytes | None], None, None]:
     """Key, visible and ir file of each sample; files of one key stand together."""
-    with tarfile.open(path, "r|*", bufsize=_BUFFER) as archive:
+    ended = False
+
+    class Member(tarfile.TarInfo):
+        """Notes the block of zeros that ends an archive; tarfile takes the end of the file for one, too."""
+
+        @classmethod
+        def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+            nonlocal ended
+            ended = ended or (len(buf) > 0 and not any(buf))
+            return super().frombuf(buf, encoding, errors)
+
+    with tarfile.open(path, "r|*", bufsize=_BUFFER, tarinfo=Member) as archive:
         key, sides = None, dict[str, bytes]()
         for member in archive:
             if not member.isfile():
@@ -265,5 +276,7 @@ def _samples(path: Path) -> Generator[tuple[str, bytes | None, bytes | None], No
             if side in ("vis", "ir"):
                 content = archive.extractfile(member)
                 sides[side] = b"" if content is None else content.read()
+        if not ended:
+            raise EOFError("the archive is truncated: it lacks the blocks that end it")
         if sides:
             yield str(key), sides.get("vis"), sides.get("ir")
