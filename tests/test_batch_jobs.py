@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +19,22 @@ from thin_network import make_thin, save_thin_model, write_folders_of_pairs
 from kglmatch import KGLMatchError, Matches, Pair
 from kglmatch.cli import main
 from kglmatch.errors import DataError, OutputError
+from kglmatch.options import __version__
 
 pq = pytest.importorskip("pyarrow.parquet", reason="tables need the extra many")
 pa = pytest.importorskip("pyarrow")
 
-from kglmatch.batch import Model, PairList, pairs_of_folders, read_pairs, run_match, run_register  # noqa: E402
-from kglmatch.batch.job_folder import JOURNAL_FILE, open_job  # noqa: E402
+from kglmatch.batch import (  # noqa: E402
+    Model,
+    PairList,
+    job_folder,
+    pairs_of_folders,
+    read_pairs,
+    run_match,
+    run_register,
+)
+from kglmatch.batch.job_folder import open_job  # noqa: E402
+from kglmatch.batch.journal import JOURNAL_FILE  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {"max_keypoints": 8, "min_score": 0.0}
@@ -163,15 +172,40 @@ def test_two_runs_at_once(model, folders, tmp_path):
     pairs, out = pairs_of_folders(*folders), tmp_path / "out"
     match(pairs, out, model)
     identity = json.loads((out / "job.json").read_text())
+    del identity["format"], identity["kglmatch_versions"]
     with open_job(out, identity), pytest.raises(OutputError, match=f"another run .process {os.getpid()} on"):
         match(pairs, out, model)
     assert match(pairs, out, model).complete
 
 
+def test_an_upgrade_resumes_the_job_and_says_so(model, folders, tmp_path, monkeypatch, capsys, caplog):
+    out = tmp_path / "out"
+    (folders[0] / "0002.png").rename(tmp_path / "0002.png")
+    (folders[0] / "0002.png").write_bytes(b"damaged")
+    monkeypatch.setattr(job_folder, "__version__", "0.0.1")
+    assert match(pairs_of_folders(*folders), out, model).answered == COUNT - 1
+    before = without_seconds(table(out))
+    monkeypatch.undo()
+    (tmp_path / "0002.png").replace(folders[0] / "0002.png")
+    with pytest.MonkeyPatch.context() as patch:
+        make_thin(patch)
+        report = match(pairs_of_folders(*folders), out, model)
+        assert report.complete and report.done_before == COUNT - 1
+        assert [r.message for r in caplog.records if "begun by kglmatch 0.0.1;" in r.message]
+        after = without_seconds(table(out))
+        assert [row for row in after if row["name"] != "0002"] == [r for r in before if r["name"] != "0002"]
+        assert json.loads((out / "job.json").read_text())["kglmatch_versions"] == ["0.0.1", __version__]
+        # A folder whose form changed is refused.
+        monkeypatch.setattr(job_folder, "JOB_FORMAT", 2)
+        with pytest.raises(OutputError, match="whose format is 1, not 2"):
+            match(pairs_of_folders(*folders), out, model)
+
+
 def test_what_killed_runs_left_half_written_goes(model, folders, tmp_path):
     out = tmp_path / "out"
     match(pairs_of_folders(*folders), out, model, save=".csv")
-    for place in (out, out / "matches"):
+    (out / "matches" / "deeper").mkdir()
+    for place in (out, out / "matches", out / "matches" / "deeper"):
         (place / ".tmp-0123").write_bytes(b"half")
     match(pairs_of_folders(*folders), out, model, save=".csv")
     assert not list(out.rglob(".tmp-*"))
@@ -189,23 +223,11 @@ def test_dry_run_writes_nothing(model, folders, tmp_path, capsys):
 # --- a full disk ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk_is_one_line_and_the_next_run_resumes(model, folders, small_disk, tmp_path, capsys):
+def test_a_full_disk_is_one_line_and_the_next_run_resumes(model, folders, small_disk, capsys):
     out, ballast = small_disk / "out", small_disk / "ballast"
     command = ["match-many", *map(str, folders), "-o", str(out), "--model", model.name, "--device", "cpu"]
     command += ["--max-keypoints", "40", "--min-score", "0", "--workers", "0", "--save", "csv"]
-    ballast.write_bytes(bytes(40 << 10))
+    ballast.write_bytes(bytes(104 << 10))
     assert main(command) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "No space left" in captured.err

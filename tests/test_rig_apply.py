@@ -17,13 +17,14 @@ from conftest import texture
 from PIL import Image
 
 from kglmatch.batch import rig_apply
-from kglmatch.batch.captures import Capture
+from kglmatch.batch.captures import Capture, find_captures
 from kglmatch.batch.rig_apply import apply_rig, common_area, in_order
 from kglmatch.batch.rig_files import write_bands
 from kglmatch.batch.rig_results import Rig, RigBand
 from kglmatch.batch.transforms import apply_transform, read_saved_transform
 from kglmatch.cli import main
 from kglmatch.errors import DataError, ImageError, KGLMatchError, OutputError
+from kglmatch.registration.files import read_map_frame
 
 SIZE = 96, 80
 SHIFTS = {"2": (3, -2), "3": (-5, 4)}
@@ -102,6 +103,74 @@ def test_single_files_keep_their_own_metadata_and_types(tmp_path):
             assert image.getexif().get_ifd(0x8769)[0x829A] == pytest.approx(0.002)
             assert image.getexif().get_ifd(0x8825)[2] == (47.0, 30.0, 1.5)
             assert (np.asarray(image) == cv2.imread(str(tmp_path / f"A_{name}.jpg"), -1)).all()
+
+
+# Of EPSG 32633, and its pixels are areas.
+KEYS = (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32633)
+PLACED = [
+    [(33550, "d", 3, (2.0, 2.0, 0.0), True), (33922, "d", 6, (0.0, 0, 0, 500_000, 5_000_000, 0), True)],
+    [(34264, "d", 16, (1.6, 1.2, 0, 500_000, 1.2, -1.6, 0, 5_000_000, *(0.0,) * 7, 1), True)],
+]
+
+
+@pytest.mark.parametrize("placed", PLACED, ids=["scale", "matrix"])
+@pytest.mark.parametrize("stack", [True, False])
+def test_outputs_are_on_the_map_of_the_reference(tmp_path, placed, stack):
+    tags = [*placed, (34735, "H", len(KEYS), KEYS, True)]
+    tifffile.imwrite(tmp_path / "A_1.tif", pixels(1), extratags=tags, metadata=None)
+    tifffile.imwrite(tmp_path / "A_2.tif", pixels(2), metadata=None)
+    captures = [Capture("A", {"1": tmp_path / "A_1.tif", "2": tmp_path / "A_2.tif"})]
+    rig = rig_of(band("2", shift(-5, -3)))
+    reference = read_map_frame(tmp_path / "A_1.tif")
+    for crop in (False, True):
+        out = tmp_path / f"out-{crop}"
+        done = apply_rig(rig, captures, out, stack=stack, crop=crop)
+        assert done.crop[:2] == ((5, 3) if crop else (0, 0))
+        for path in out.glob("*.tif"):
+            frame = read_map_frame(path)
+            assert frame.epsg == reference.epsg == 32633
+            first = reference.matrix @ [*done.crop[:2], 1]
+            np.testing.assert_allclose(frame.matrix @ [0, 0, 1], first)
+            np.testing.assert_allclose(frame.matrix[:, :2], reference.matrix[:, :2])
+    assert len(list((tmp_path / "out-True").glob("*.tif"))) == (1 if stack else 2)
+
+
+def test_a_damaged_georeference_costs_its_capture(tmp_path, flight):
+    damaged = [(34735, "H", 3, (1, 1, 0), True)]
+    tifffile.imwrite(flight / "IMG_0002_1.tif", pixels(21), extratags=damaged, metadata=None)
+    done = apply_rig(RIG, flight, tmp_path / "out")
+    assert len(done.written) == 5 and "cannot read the georeference" in done.problems["IMG_0002"]
+
+
+def test_items_of_gdal_stay_with_their_bands(tmp_path):
+    captures = {}
+    for name, wavelength in (("1", 475), ("2", 842)):
+        items = (
+            '<Item name="CAMERA">A &amp; B</Item>'
+            f'<Item name="WAVELENGTH">{wavelength}</Item>'
+            '<Item name="OFFSET" sample="0" role="offset">0.5</Item>'
+            '<Item name="DESCRIPTION" sample="0" role="description">old</Item>'
+            '<Item name="STATISTICS_MEAN" sample="0">7</Item>'
+        )
+        tags = [(42112, "s", 0, f"<GDALMetadata>{items}</GDALMetadata>", True)]
+        captures[name] = tmp_path / f"A_{name}.tif"
+        tifffile.imwrite(captures[name], pixels(int(name)), extratags=tags, metadata=None)
+    rig = rig_of(band("2", np.eye(3)))
+    for stack in (True, False):
+        apply_rig(rig, [Capture("A", captures)], tmp_path / f"out-{stack}", stack=stack)
+    with tifffile.TiffFile(tmp_path / "out-True" / "A.tif") as file:
+        assert file.pages.first.tags[42112].value == (
+            '<GDALMetadata><Item name="CAMERA">A &amp; B</Item>'
+            '<Item name="DESCRIPTION" sample="0" role="description">1</Item>'
+            '<Item name="WAVELENGTH" sample="0">475</Item>'
+            '<Item name="OFFSET" sample="0" role="offset">0.5</Item>'
+            '<Item name="DESCRIPTION" sample="1" role="description">2</Item>'
+            '<Item name="WAVELENGTH" sample="1">842</Item>'
+            '<Item name="OFFSET" sample="1" role="offset">0.5</Item>'
+            "</GDALMetadata>"
+        )
+    with tifffile.TiffFile(tmp_path / "out-False" / "A_2.tif") as file:
+        assert '<Item name="WAVELENGTH">842</Item>' in file.pages.first.tags[42112].value
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32", "int32", "float32", "float64"])
@@ -220,7 +289,7 @@ def test_the_folder_of_another_job_is_left_alone(flight, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match="not empty"):
+    with pytest.raises(OutputError, match=r"other files \(mine.txt\)"):
         apply_rig(RIG, flight, out)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
     apply_rig(RIG, flight, tmp_path / "job")
@@ -271,6 +340,46 @@ def test_a_full_disk_is_one_line_and_the_job_resumes(flight, tmp_path, monkeypat
     assert len(list((tmp_path / "out").glob("*.tif"))) == 2 and not list((tmp_path / "out").glob(".tmp-*"))
     again = apply_rig(RIG, flight, tmp_path / "out")
     assert len(again.written) == 4 and len(again.present) == 2
+
+
+def test_a_full_disk_is_one_line_of_the_command(flight, small_disk, tmp_path, capsys):
+    RIG.save(tmp_path / "rig.json")
+    out = small_disk / "out"
+    (small_disk / "ballast").write_bytes(bytes(64 << 10))
+    assert main(["rig", "apply", str(tmp_path / "rig.json"), str(flight), "-o", str(out)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "No space left" in captured.err
+    assert not list(out.rglob(".tmp-*"))
+    whole = [path for path in out.glob("IMG*.tif") if tifffile.imread(path).shape == (3, 80, 96)]
+    assert len(whole) == len(list(out.glob("IMG*.tif"))) < 6
+
+
+def test_what_a_capture_holds_does_not_end_the_job(flight, tmp_path, monkeypatch):
+    whole = rig_apply.write_bands
+
+    def odd(path, *arguments, **options):
+        if path.stem == "IMG_0002":
+            raise OutputError("cannot write it: a value that TIFF does not hold")
+        if path.stem == "IMG_0004":
+            raise MemoryError
+        whole(path, *arguments, **options)
+
+    monkeypatch.setattr(rig_apply, "write_bands", odd)
+    done = apply_rig(RIG, flight, tmp_path / "out")
+    assert len(done.written) == 4 and done.problems["IMG_0004"] == "out of memory"
+    assert "TIFF does not hold" in done.problems["IMG_0002"]
+
+
+def test_an_upgrade_resumes(flight, tmp_path, monkeypatch, caplog):
+    RIG.save(tmp_path / "rig.json")
+    captures = find_captures(flight)
+    monkeypatch.setattr("kglmatch.batch.job_folder.__version__", "0.0.1")
+    monkeypatch.setattr("kglmatch.batch.rig_results.__version__", "0.0.1")
+    apply_rig(Rig.load(tmp_path / "rig.json"), captures[:4], tmp_path / "out")
+    monkeypatch.undo()
+    done = apply_rig(Rig.load(tmp_path / "rig.json"), captures, tmp_path / "out")
+    assert len(done.present) == 4 and len(done.written) == 2
+    assert "begun by kglmatch 0.0.1" in caplog.text
 
 
 def test_a_killed_run_resumes_and_loses_nothing(flight, tmp_path):

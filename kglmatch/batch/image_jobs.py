@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kglmatch.batch.job_folder import JobReport, Journal, check_job, open_job, sync_file
+from kglmatch.batch.job_folder import JobReport, check_job, open_job, sync_file
+from kglmatch.batch.journal import Journal
 from kglmatch.batch.model import Model
 from kglmatch.batch.pairs import PairList
 from kglmatch.batch.ray_engine import RayOptions, run_on_ray
@@ -20,9 +21,9 @@ from kglmatch.features import MATCH_FORMATS
 from kglmatch.files import make_folder
 from kglmatch.images import read_image_raw, save_image
 from kglmatch.matcher import Matcher
-from kglmatch.options import __version__
 from kglmatch.progress import counter
 from kglmatch.registration.files import read_map_tags, save_stack
+from kglmatch.resampling import warp_around_nodata
 from kglmatch.streaming.match import match_many
 from kglmatch.streaming.register import register_many
 from kglmatch.streaming.results import Pair, PairMatches, PairRegistration
@@ -98,65 +99,94 @@ class _Work:
         return list(self.rows(items, self._kept))
 
     def rows(self, pairs: Iterable[Pair], workers: Workers | None = None) -> Iterator[dict[str, Any]]:
-        """A row for each pair, in their order."""
-        raise NotImplementedError
-
-    def _file(self, pair: Pair) -> Path | None:
-        return None if self.folder is None else self.folder / f"{pair.name}{self.ending}"
-
-
-class MatchWork(_Work):
-    """Matches pairs."""
-
-    def rows(self, pairs: Iterable[Pair], workers: Workers | None = None) -> Iterator[dict[str, Any]]:
+        """A row for each pair, in their order; files are written while the next pairs are worked on."""
         self.prepare()
         assert self._matcher is not None
-        results = match_many(self._matcher, pairs, workers=workers or self.workers, **self.options)
-        for result in results:
-            yield _write_file(result.pair, self._file(result.pair), self._write(result), _match_row(result))
-
-    def _write(self, result: PairMatches) -> Callable[[Path], None] | None:
-        return None if result.matches is None else result.matches.save
-
-
-class RegisterWork(_Work):
-    """Registers pairs."""
-
-    def rows(self, pairs: Iterable[Pair], workers: Workers | None = None) -> Iterator[dict[str, Any]]:
-        self.prepare()
-        assert self._matcher is not None
-        results = register_many(self._matcher, pairs, workers=workers or self.workers, **self.options)
+        results = self.work(self._matcher, pairs, workers=workers or self.workers, **self.options)
         if self.folder is None:
-            yield from map(_register_row, results)
+            yield from map(self.row, results)
             return
         writing: deque[Future[dict[str, Any]]] = deque()
         with ThreadPoolExecutor(_WRITERS) as writers:
             for result in results:
+                path = self.folder / f"{result.pair.name}{self.ending}"
                 writing.append(
-                    writers.submit(
-                        _write_file,
-                        result.pair,
-                        self._file(result.pair),
-                        self._write(result),
-                        _register_row(result),
-                    )
+                    writers.submit(_write_file, result.pair, path, self.writer(result), self.row(result))
                 )
                 while writing and (writing[0].done() or len(writing) > 2 * _WRITERS):
                     yield writing.popleft().result()
             while writing:
                 yield writing.popleft().result()
 
-    def _write(self, result: PairRegistration) -> Callable[[Path], None] | None:
+    def work(self, matcher: Matcher, pairs: Iterable[Pair], **options: Any) -> Iterator[Any]:
+        """A result for each pair, in their order."""
+        raise NotImplementedError
+
+    def row(self, result: Any) -> dict[str, Any]:
+        """What the table of results says of a pair."""
+        raise NotImplementedError
+
+    def writer(self, result: Any) -> Callable[[Path], None] | None:
+        """What writes the file of a pair; None where there is nothing to write."""
+        raise NotImplementedError
+
+
+class MatchWork(_Work):
+    """Matches pairs."""
+
+    def work(self, matcher: Matcher, pairs: Iterable[Pair], **options: Any) -> Iterator[PairMatches]:
+        return match_many(matcher, pairs, **options)
+
+    def row(self, result: PairMatches) -> dict[str, Any]:
+        row = _pair_row(result.pair)
+        if result.matches is None:
+            return {**row, "error": result.error}
+        found = result.matches
+        return {
+            **row,
+            "keypoints_vis": result.keypoints_vis,
+            "keypoints_ir": result.keypoints_ir,
+            "matches": len(found),
+            "inliers": 0 if found.inliers is None else int(found.inliers.sum()),
+            "homography": None if found.homography is None else found.homography.ravel().tolist(),
+            "seconds": round(result.seconds, 4),
+        }
+
+    def writer(self, result: PairMatches) -> Callable[[Path], None] | None:
+        return None if result.matches is None else result.matches.save
+
+
+class RegisterWork(_Work):
+    """Registers pairs."""
+
+    def work(self, matcher: Matcher, pairs: Iterable[Pair], **options: Any) -> Iterator[PairRegistration]:
+        return register_many(matcher, pairs, **options)
+
+    def row(self, result: PairRegistration) -> dict[str, Any]:
+        row = _pair_row(result.pair)
+        if result.registration is None:
+            return {**row, "error": result.error}
+        facts = result.registration.to_dict()
+        transform = result.registration.transform
+        facts["transform"] = None if transform is None else transform.ravel().tolist()
+        return {**row, **facts, "seconds": round(result.seconds, 4)}
+
+    def writer(self, result: PairRegistration) -> Callable[[Path], None] | None:
         found = result.registration
         if found is None or found.transform is None:
             return None
-        nodata = self.options.get("nodata")
+        transform, size = found.transform, found.vis_size
+        vis, ir, nodata = Path(result.pair.vis), Path(result.pair.ir), self.options.get("nodata")
 
         def write(path: Path) -> None:
-            image = found.warp(read_image_raw(result.pair.ir), nodata=nodata or 0)
-            tags = read_map_tags(Path(result.pair.vis)) if self.ending == ".tif" else []
+            pixels = read_image_raw(ir)
+            if nodata is None:
+                image = found.warp(pixels)
+            else:
+                image = warp_around_nodata(pixels, transform, size, nodata=nodata)
+            tags = read_map_tags(vis) if self.ending == ".tif" else []
             if tags:
-                save_stack(path, [image], [Path(result.pair.ir).name], map_tags=tags, nodata=nodata)
+                save_stack(path, [image], [ir.name], map_tags=tags, nodata=nodata)
             else:
                 save_image(path, image)
 
@@ -164,14 +194,14 @@ class RegisterWork(_Work):
 
 
 def _write_file(
-    pair: Pair, path: Path | None, write: Callable[[Path], None] | None, row: dict[str, Any]
+    pair: Pair, path: Path, write: Callable[[Path], None] | None, row: dict[str, Any]
 ) -> dict[str, Any]:
     """The row with the file of its pair, which is on the disk before the row is.
 
     Raises:
         OutputError: a full disk, or the like: the job cannot go on.
     """
-    if path is None or write is None:
+    if write is None:
         return row
 
     def write_and_sync() -> OutputError | None:
@@ -194,32 +224,6 @@ def _write_file(
 
 def _pair_row(pair: Pair) -> dict[str, Any]:
     return {"name": pair.name, "vis": str(pair.vis), "ir": str(pair.ir), "error": None}
-
-
-def _match_row(result: PairMatches) -> dict[str, Any]:
-    row = _pair_row(result.pair)
-    if result.matches is None:
-        return {**row, "error": result.error}
-    found = result.matches
-    return {
-        **row,
-        "keypoints_vis": result.keypoints_vis,
-        "keypoints_ir": result.keypoints_ir,
-        "matches": len(found),
-        "inliers": 0 if found.inliers is None else int(found.inliers.sum()),
-        "homography": None if found.homography is None else found.homography.ravel().tolist(),
-        "seconds": round(result.seconds, 4),
-    }
-
-
-def _register_row(result: PairRegistration) -> dict[str, Any]:
-    row = _pair_row(result.pair)
-    if result.registration is None:
-        return {**row, "error": result.error}
-    facts = result.registration.to_dict()
-    transform = result.registration.transform
-    facts["transform"] = None if transform is None else transform.ravel().tolist()
-    return {**row, **facts, "seconds": round(result.seconds, 4)}
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -314,7 +318,7 @@ def _check(engine: str, save: str | None, formats: Sequence[str]) -> None:
 
 
 def _identity(command: str, model: Model, save: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    return {"job": command, "version": __version__, **model.identity(), "save": save or None, **options}
+    return {"job": command, **model.identity(), "save": save or None, **options}
 
 
 def _run(

@@ -1,35 +1,35 @@
-"""The output folder of a job: one run at a time, one job ever, and a journal that outlives any kill.
+"""The output folder of a job: one run at a time, and one job ever.
 
-`job.json` says which job it is, `job.lock` is locked while one runs, and `journal.jsonl` gets a line for each
-pair as soon as it is done. `results.parquet` is made of the journal, in the order of the pairs, at the end of
-each run; nothing is read back from it.
+`job.json` says which job it is and which versions of kglmatch worked on it; `job.lock` is locked while one
+runs. What is done so far is for each job to record, see `kglmatch.batch.journal`.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import socket
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
-from kglmatch.batch.arrow import pyarrow, pyarrow_parquet
-from kglmatch.batch.pairs import PairList
-from kglmatch.errors import DataError, OutputError
+from kglmatch.errors import OutputError
 from kglmatch.files import atomic_output, make_folder
+from kglmatch.options import __version__
 
-JOB_FILE, LOCK_FILE, JOURNAL_FILE, RESULTS_FILE = "job.json", "job.lock", "journal.jsonl", "results.parquet"
+JOB_FILE, LOCK_FILE, RESULTS_FILE = "job.json", "job.lock", "results.parquet"
+# Of what a job's folder holds. A new number is an error for the jobs of the old one; a new version of
+# kglmatch is not: a long job outlives upgrades, and may need one for the pairs that ended in an error.
+JOB_FORMAT = 1
+_VERSIONS = "kglmatch_versions"
 _TEMPORARY = ".tmp-"  # what `atomic_output` begins names with
-_SYNC_SECONDS = 1.0  # between writes to the disk itself, which only a loss of power makes matter
-_ROWS = 10_000  # of `results.parquet` that are held at once
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,9 @@ class JobReport:
 def open_job(folder: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
     """Makes the output folder, or takes it up again; yields it while no other run can.
 
+    A job that another version of kglmatch began is resumed, with a warning: what is done is kept as it is.
+    `job.json` lists the versions.
+
     Args:
         folder: a new or empty one, or that of the same job.
         identity: what the results depend on; plain values.
@@ -77,10 +80,22 @@ def open_job(folder: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
     make_folder(folder)
     check_job(folder, identity)  # before anything is written
     with _locked(folder):
-        if not check_job(folder, identity):
+        found = _read_job(folder, identity)
+        before: list[str] = [] if found is None else found.get(_VERSIONS, [])
+        if __version__ not in before:
+            described = {"format": JOB_FORMAT, **identity, _VERSIONS: [*before, __version__]}
             with atomic_output(folder / JOB_FILE) as temporary:
-                temporary.write_text(json.dumps(dict(identity), indent=1) + "\n", encoding="utf-8")
+                temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
             sync_file(folder / JOB_FILE)
+        others = [version for version in before if version != __version__]
+        if others:
+            logger.warning(
+                "%s was begun by kglmatch %s; %s resumes it and keeps those results. For results of one "
+                "version, name a new folder",
+                folder,
+                ", ".join(others),
+                __version__,
+            )
         _clear_temporary(folder)
         yield folder
 
@@ -91,6 +106,11 @@ def check_job(folder: Path, identity: Mapping[str, Any]) -> bool:
     Raises:
         OutputError: it holds another job, or other files.
     """
+    return _read_job(folder, identity) is not None
+
+
+def _read_job(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `job.json` says, if it is of this job; None for a new or empty folder."""
     try:
         text = (folder / JOB_FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -101,7 +121,7 @@ def check_job(folder: Path, identity: Mapping[str, Any]) -> bool:
                 f"cannot write to {folder}: it holds other files ({min(foreign)}) and no job; "
                 "name a new folder"
             ) from None
-        return False
+        return None
     except (OSError, UnicodeDecodeError) as error:
         raise OutputError(f"cannot read {folder / JOB_FILE}: {error}") from error
     try:
@@ -110,14 +130,14 @@ def check_job(folder: Path, identity: Mapping[str, Any]) -> bool:
         found = None
     if not isinstance(found, dict):
         raise OutputError(f"cannot write to {folder}: its {JOB_FILE} describes no job; name a new folder")
-    wanted = json.loads(json.dumps(dict(identity)))
-    for key in sorted(wanted.keys() | found.keys()):
+    wanted = json.loads(json.dumps({"format": JOB_FORMAT, **identity}))
+    for key in sorted((wanted.keys() | found.keys()) - {_VERSIONS}):
         if wanted.get(key) != found.get(key):
             raise OutputError(
                 f"cannot write to {folder}: it belongs to another job, whose {key} is "
                 f"{_short(found.get(key))}, not {_short(wanted.get(key))}; name a new folder"
             )
-    return True
+    return found
 
 
 def _short(value: Any) -> str:
@@ -167,12 +187,11 @@ def _lock(file: BinaryIO) -> None:
 
 def _clear_temporary(folder: Path) -> None:
     """Removes what killed runs left half-written. The lock is ours, so nobody writes there."""
-    for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-        for path in place.glob(f"{_TEMPORARY}*"):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    for path in list(folder.rglob(f"{_TEMPORARY}*")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sync_file(path: Path) -> None:
@@ -184,140 +203,3 @@ def sync_file(path: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-
-
-# --- the journal ----------------------------------------------------------------------------------
-
-
-class Journal:
-    """A line of JSON for each pair that is done, and where the newest of each pair stands.
-
-    Args:
-        folder: the output folder.
-        pairs: of the job.
-
-    Raises:
-        OutputError: the journal holds other pairs, or cannot be read.
-    """
-
-    def __init__(self, folder: Path, pairs: PairList) -> None:
-        self.path, self._pairs, self._folder = folder / JOURNAL_FILE, pairs, folder
-        self._rows = pairs.rows_by_name()
-        self._starts = np.full(len(pairs), -1, np.int64)
-        self.answered = np.zeros(len(pairs), bool)
-        self._end = 0
-        self._file: BinaryIO | None = None
-        self._synced = time.monotonic()
-        if self.path.exists():
-            self._scan()
-
-    def __enter__(self) -> Journal:
-        try:
-            self._file = self.path.open("ab", buffering=0)
-            # What a killed run did not finish writing.
-            self._file.truncate(self._end)
-        except OSError as error:
-            raise self._failed(error) from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            with suppress(OSError):
-                os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Adds what is known of a pair; it takes the place of an earlier line of that name.
-
-        Raises:
-            OutputError: the disk is full. The journal is as it was before.
-        """
-        assert self._file is not None
-        line = json.dumps(dict(row), ensure_ascii=True, allow_nan=False).encode() + b"\n"
-        try:
-            written = 0
-            while written < len(line):
-                written += self._file.write(line[written:])
-            if time.monotonic() - self._synced > _SYNC_SECONDS:
-                os.fsync(self._file.fileno())
-                self._synced = time.monotonic()
-        except OSError as error:
-            with suppress(OSError):
-                self._file.truncate(self._end)
-            raise self._failed(error) from error
-        self._note(row, self._end)
-        self._end += len(line)
-
-    def pending(self) -> Iterator[Any]:
-        """The pairs without an answer, in their order; those that ended in an error are tried again."""
-        for row in np.flatnonzero(~self.answered).tolist():
-            yield self._pairs[row]
-
-    def write_results(self, fields: Mapping[str, str]) -> None:
-        """Writes `results.parquet`, a row for each pair that is done, in the order of the pairs.
-
-        Args:
-            fields: column -> type, as in Arrow's names of types; "[double]" is a list.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-        pa, pq = pyarrow(), pyarrow_parquet()
-        schema = pa.schema([(name, _arrow_type(kind)) for name, kind in fields.items()])
-        path = self._folder / RESULTS_FILE
-        done = np.flatnonzero(self._starts >= 0)
-        with atomic_output(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-            if self.path.exists():
-                with self.path.open("rb") as file:
-                    for first in range(0, len(done), _ROWS):
-                        rows = [self._read(file, row) for row in done[first : first + _ROWS]]
-                        writer.write_table(pa.Table.from_pylist(rows, schema))
-        sync_file(path)
-
-    def _read(self, file: BinaryIO, row: int) -> dict[str, Any]:
-        file.seek(self._starts[row])
-        found: dict[str, Any] = json.loads(file.readline())
-        return found
-
-    def _scan(self) -> None:
-        try:
-            with self.path.open("rb") as file:
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    # After a loss of power a line may be anything; its pair is done again.
-                    row = _parse(line)
-                    if row is not None:
-                        self._note(row, self._end)
-                    self._end += len(line)
-        except OSError as error:
-            raise DataError(f"cannot read {self.path}: {error.strerror or error}") from error
-
-    def _note(self, row: Mapping[str, Any], start: int) -> None:
-        name, error = row["name"], row["error"]
-        at = self._rows.get(name)
-        if at is None or (self._pairs[at].vis, self._pairs[at].ir) != (row["vis"], row["ir"]):
-            raise OutputError(
-                f"cannot write to {self._folder}: it holds results of other pairs "
-                f"({name}: {row['vis']}, {row['ir']}); name a new folder"
-            )
-        self._starts[at], self.answered[at] = start, error is None
-
-    def _failed(self, error: OSError) -> OutputError:
-        return OutputError(f"cannot write {self.path}: {error.strerror or error}")
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The row of a line; None where it holds none."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    complete = isinstance(row, dict) and {"name", "vis", "ir", "error"} <= row.keys()
-    return row if complete else None
-
-
-def _arrow_type(kind: str) -> Any:
-    pa = pyarrow()
-    return pa.list_(_arrow_type(kind[1:-1])) if kind.startswith("[") else pa.type_for_alias(kind)

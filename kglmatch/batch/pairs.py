@@ -87,6 +87,20 @@ def pairs_of_folders(vis: str | Path, ir: str | Path) -> PairList:
     Raises:
         DataError: a folder that cannot be read, two files of one name in it, or no pair.
     """
+    paired, alone = files_of_one_name(vis, ir)
+    names = [path.stem for path, _ in paired]
+    return PairList([path for path, _ in paired], [path for _, path in paired], names, alone=len(alone))
+
+
+def files_of_one_name(vis: str | Path, ir: str | Path) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """Files of one name (without the extension) in two folders, sorted by name.
+
+    Returns:
+        the pairs, and the names that only one of the folders holds.
+
+    Raises:
+        DataError: as `pairs_of_folders`.
+    """
     of_vis, of_ir = _by_stem(Path(vis)), _by_stem(Path(ir))
     shared = sorted(of_vis.keys() & of_ir.keys())
     if not shared:
@@ -94,12 +108,7 @@ def pairs_of_folders(vis: str | Path, ir: str | Path) -> PairList:
             f"{vis} and {ir} have no file name in common "
             f"({len(of_vis)} and {len(of_ir)} files); pairs have the same name in both"
         )
-    return PairList(
-        [of_vis[name] for name in shared],
-        [of_ir[name] for name in shared],
-        shared,
-        alone=len(of_vis) + len(of_ir) - 2 * len(shared),
-    )
+    return [(of_vis[name], of_ir[name]) for name in shared], sorted(of_vis.keys() ^ of_ir.keys())
 
 
 def read_pairs(path: str | Path) -> PairList:

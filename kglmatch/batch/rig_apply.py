@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kglmatch.batch.captures import Capture, as_captures
+from kglmatch.batch.job_folder import open_job, sync_file
+from kglmatch.batch.journal import LineLog
 from kglmatch.batch.rig import image_size
-from kglmatch.batch.rig_files import Metadata, read_metadata, write_bands
+from kglmatch.batch.rig_files import map_tags_of_part, read_metadata, write_bands
 from kglmatch.batch.rig_pool import refine_capture
 from kglmatch.batch.rig_results import Rig, RigBand
 from kglmatch.errors import DataError, ImageError, KGLMatchError, OutputError
@@ -27,12 +26,13 @@ from kglmatch.files import atomic_output, make_folder
 from kglmatch.images import load_image, read_image_raw
 from kglmatch.progress import steps
 from kglmatch.resampling import check_nodata, covered_by, warp_around_nodata, warp_image
+from kglmatch.streaming.worker import Failure, call
 
 Matrix = NDArray[np.float64]
 S = TypeVar("S")
 T = TypeVar("T")
 
-JOB, LOG, LOCK = "job.json", "captures.jsonl", "job.lock"
+LOG_FILE = "captures.jsonl"
 _LOOKED_AT = 5  # captures whose size must fit before anything is written
 _AHEAD = 2  # captures a worker that are begun before the first of them has ended
 
@@ -112,9 +112,9 @@ def apply_rig(
     if nodata is not None:
         _check_nodata(nodata, [rig.reference, *(band.name for band in chosen)], listed)
     area = common_area(rig, chosen) if crop else (0, 0, *rig.size)
-    settings = {
+    identity = {
         "job": "rig apply",
-        "rig": hashlib.sha256(json.dumps(rig.to_dict(), sort_keys=True).encode()).hexdigest(),
+        "rig": rig.digest(),
         "captures": None if source is None else str(source),
         "bands": [rig.reference, *(band.name for band in chosen)],
         "stack": stack,
@@ -122,23 +122,25 @@ def apply_rig(
         "refine": refine,
         "nodata": nodata,
     }
-    with _job(Path(out), settings) as log:
-        work = _Work(rig, chosen, area, Path(out), stack, refine, nodata, log)
-        present = [capture.name for capture in listed if work.is_done(capture)]
-        there = set(present)
-        todo = [capture for capture in listed if capture.name not in there]
-        count = workers or os.cpu_count() or 1
-        written, refined, problems = [], [], {}
-        with ThreadPoolExecutor(count) as threads:
-            results = in_order(threads, work.do, todo, _AHEAD * count)
-            for capture, (problem, moved) in steps_of(results, len(todo), progress):
-                if problem is not None:
-                    problems[capture.name] = problem
-                else:
-                    written.append(capture.name)
-                if moved:
-                    refined.append(capture.name)
-        log.compact([capture.name for capture in listed])
+    out = Path(out)
+    with open_job(out, identity):
+        with LineLog(out / LOG_FILE) as log:
+            work = _Work(rig, chosen, area, out, stack, refine, nodata, log)
+            present = [capture.name for capture in listed if work.is_done(capture)]
+            there = set(present)
+            todo = [capture for capture in listed if capture.name not in there]
+            count = workers or os.cpu_count() or 1
+            written, refined, problems = [], [], {}
+            with ThreadPoolExecutor(count) as threads:
+                results = in_order(threads, work.do, todo, _AHEAD * count)
+                for capture, (problem, moved) in steps_of(results, len(todo), progress):
+                    if problem is not None:
+                        problems[capture.name] = problem
+                    else:
+                        written.append(capture.name)
+                    if moved:
+                        refined.append(capture.name)
+        _compact(out / LOG_FILE, [capture.name for capture in listed])
     return ApplyReport(tuple(written), tuple(present), tuple(refined), problems, area)
 
 
@@ -271,7 +273,7 @@ class _Work:
     stack: bool
     refine: bool
     nodata: float | None
-    log: _Log
+    log: LineLog
 
     def files(self, capture: Capture) -> dict[str, Path]:
         """Where each band goes."""
@@ -285,24 +287,36 @@ class _Work:
         return all(path.is_file() for path in self.files(capture).values())
 
     def do(self, capture: Capture) -> tuple[str | None, list[str]]:
-        """Warps and writes a capture: what was wrong with it, if anything, and the refined bands."""
+        """Warps and writes a capture: what was wrong with it, if anything, and the refined bands.
+
+        Raises:
+            OutputError: a full disk, or the like: the job cannot continue.
+        """
+        found = call(self._make, capture)
+        if isinstance(found, OutputError):
+            raise found
+        if isinstance(found, Failure):
+            self.log.append({"capture": capture.name, "error": found.message})
+            return found.message, []
+        return None, found
+
+    def _make(self, capture: Capture) -> list[str] | OutputError:
+        """The bands that were refined; or what is wrong with the disk, not with this capture."""
+        images = self._read(capture)
+        transforms = self._transforms(images)
+        warped = {self.rig.reference: self._cut(images[self.rig.reference])}
+        for band in self.bands:
+            transform = transforms.get(band.name, band.transform)
+            warped[band.name] = self._warp(images[band.name], transform, band.name)
+        moved = {name: matrix.tolist() for name, matrix in transforms.items()}
         try:
-            images = self._read(capture)
-            transforms = self._transforms(images)
-            warped = {self.rig.reference: self._cut(images[self.rig.reference])}
-            for band in self.bands:
-                transform = transforms.get(band.name, band.transform)
-                warped[band.name] = self._warp(images[band.name], transform, band.name)
-            self.log.add(
-                capture.name, {"refined": {name: matrix.tolist() for name, matrix in transforms.items()}}
-            )
+            self.log.append({"capture": capture.name, "refined": moved})
             self._write(capture, warped)
-        except OutputError:
+        except OutputError as error:
+            if isinstance(error.__cause__, OSError):
+                return error
             raise
-        except KGLMatchError as error:
-            self.log.add(capture.name, {"error": str(error)})
-            return str(error), []
-        return None, list(transforms)
+        return list(transforms)
 
     def _read(self, capture: Capture) -> dict[str, NDArray[Any]]:
         images = {}
@@ -352,108 +366,27 @@ class _Work:
     def _write(self, capture: Capture, warped: dict[str, NDArray[Any]]) -> None:
         files = self.files(capture)
         make_folder(next(iter(files.values())).parent)
-        if self.stack:
-            metadata = read_metadata(capture.bands[self.rig.reference])
-            path = files[self.rig.reference]
-            write_bands(path, list(warped.values()), list(warped), metadata=metadata, nodata=self.nodata)
-            return
-        for name, image in warped.items():
-            own: Metadata = read_metadata(capture.bands[name])
-            write_bands(files[name], [image], [name], metadata=own, nodata=self.nodata)
+        metadata = [read_metadata(capture.bands[name]) for name in warped]
+        on_map = map_tags_of_part(capture.bands[self.rig.reference], self.area[:2])
+        stacks = [tuple(warped)] if self.stack else [(name,) for name in warped]
+        for number, names in enumerate(stacks):
+            write_bands(
+                files[names[0]],
+                [warped[name] for name in names],
+                names,
+                metadata=metadata if self.stack else [metadata[number]],
+                map_tags=on_map,
+                nodata=self.nodata,
+            )
+            sync_file(files[names[0]])
 
 
-# --- the output folder ----------------------------------------------------------------------------
+# --- the record ------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Log:
-    """A line a capture, in the order in which they were done; the last of a name counts."""
-
-    path: Path
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, name: str, facts: dict[str, Any]) -> None:
-        line = json.dumps({"capture": name, **facts}) + "\n"
-        with self._lock:
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(line)
-            except OSError as error:
-                raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
-
-    def repair(self) -> None:
-        """Cuts off a line that a kill left unfinished, to which the next one would be joined."""
-        if self.path.is_file():
-            with self.path.open("r+b") as file:
-                file.truncate(file.read().rfind(b"\n") + 1)
-
-    def compact(self, names: Sequence[str]) -> None:
-        """Leaves one line a capture, in the order of the names."""
-        last: dict[str, str] = {}
-        if not self.path.is_file():
-            return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                last[json.loads(line)["capture"]] = line
-            except (ValueError, KeyError, TypeError):
-                continue  # cut off by a kill
-        with atomic_output(self.path) as temporary:
-            temporary.write_text("".join(f"{last[n]}\n" for n in names if n in last), encoding="utf-8")
-
-
-@contextmanager
-def _job(out: Path, settings: dict[str, Any]) -> Iterator[_Log]:
-    """The output folder, locked, and known to be of this job.
-
-    Raises:
-        OutputError: it is another job's, in use, or cannot be written.
-    """
-    if out.is_dir() and not (out / JOB).is_file() and any(p.name != LOCK for p in out.iterdir()):
-        raise OutputError(f"cannot write to {out}: the folder exists and is not empty; name a new one")
-    make_folder(out)
-    with _locked(out):
-        if (out / JOB).is_file():
-            try:
-                before = json.loads((out / JOB).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise OutputError(f"cannot read {out / JOB}: {error}; name a new folder") from error
-            before = before if isinstance(before, dict) else {}
-            differing = ", ".join(key for key in settings if before.get(key) != settings[key])
-            if differing:
-                raise OutputError(
-                    f"{out} holds the outputs of another job ({differing} differ); name a new folder"
-                )
-        else:
-            with atomic_output(out / JOB) as temporary:
-                temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        for stale in out.rglob(".tmp-*"):  # of a run that was killed: nobody else writes here
-            stale.unlink(missing_ok=True)
-        log = _Log(out / LOG)
-        log.repair()
-        yield log
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder; the system lets go when this one ends, however it does."""
-    try:
-        file = (out / LOCK).open("a")
-    except OSError as error:
-        raise OutputError(f"cannot write to {out}: {error.strerror or error}") from error
-    with file:
-        try:
-            _lock_file(file.fileno())
-        except OSError as error:
-            raise OutputError(f"{out} is in use by another run; wait until it has ended") from error
-        yield
-
-
-def _lock_file(descriptor: int) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        getattr(msvcrt, "locking")(descriptor, getattr(msvcrt, "LK_NBLCK"), 1)  # noqa: B009
-    else:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _compact(path: Path, names: Sequence[str]) -> None:
+    """Leaves the last line of each capture, in the order of the names."""
+    last = {row["capture"]: row for _, row in LineLog(path).rows() if "capture" in row}
+    with atomic_output(path) as temporary:
+        lines = (f"{json.dumps(last[name])}\n" for name in names if name in last)
+        temporary.write_text("".join(lines), encoding="utf-8")

@@ -1,14 +1,15 @@
-"""Stacks of bands as TIFF files, with the names, the types and the metadata of what they were made from."""
+"""Stacks of bands as TIFF files, with the names, types, metadata and map of what they were made from."""
 
 from __future__ import annotations
 
 import os
 import struct
+import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 import tifffile
@@ -20,6 +21,7 @@ from kglmatch.batch.captures import opened_header
 from kglmatch.errors import ImageError, OutputError
 from kglmatch.files import atomic_output
 from kglmatch.options import __version__
+from kglmatch.registration.files import TiffFields, read_map_tags
 
 _EXIF, _GPS, _XMP = 0x8769, 0x8825, 700
 _PLACEHOLDER = 1  # above a tag: nothing stands between them, so that tags stay in order
@@ -28,7 +30,13 @@ _DESCRIPTION, _MAKE, _MODEL, _DATE = 270, 271, 272, 306
 _PAGE_NAME, _GDAL_METADATA, _GDAL_NODATA = 285, 42112, 42113
 _TYPES = ("bool", "uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")
 _UNWRITABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, struct.error)
+_TIES, _MATRIX = 33922, 34264  # GeoTIFF tags that name a pixel
+_STATISTICS = "STATISTICS_"  # names of GDAL's items that no longer hold once pixels were warped
 _LARGEST = (1 << 32) - (1 << 25)  # bytes: above it, offsets of 32 bits do not reach
+
+
+# (name, value) of each attribute, and the text.
+GdalItem = tuple[tuple[tuple[str, str], ...], str]
 
 
 @dataclass(frozen=True)
@@ -39,12 +47,14 @@ class Metadata:
         texts: TIFF tag -> text: description, make, model, date.
         xmp: the packet as it is, or empty.
         exif, gps: tag -> value, of the EXIF and GPS directories.
+        items: of GDAL, such as scale, offset and wavelength: attributes and text of each.
     """
 
     texts: dict[int, str] = field(default_factory=dict)
     xmp: bytes = b""
     exif: dict[int, Any] = field(default_factory=dict)
     gps: dict[int, Any] = field(default_factory=dict)
+    items: tuple[GdalItem, ...] = ()
 
 
 def read_metadata(image: Any) -> Metadata:
@@ -57,9 +67,50 @@ def read_metadata(image: Any) -> Metadata:
             xmp = opened.info.get("xmp") or exif.get(_XMP) or b""
             texts = {tag: str(exif[tag]) for tag in (_DESCRIPTION, _MAKE, _MODEL, _DATE) if tag in exif}
             details, gps = dict(exif.get_ifd(_EXIF)), dict(exif.get_ifd(_GPS))
+            items = _gdal_items(exif.get(_GDAL_METADATA))
     except (OSError, SyntaxError, ValueError, TypeError, LookupError, UnidentifiedImageError):
         return Metadata()
-    return Metadata(texts, xmp if isinstance(xmp, bytes) else str(xmp).encode(), details, gps)
+    return Metadata(texts, xmp if isinstance(xmp, bytes) else str(xmp).encode(), details, gps, items)
+
+
+def _gdal_items(text: Any) -> tuple[GdalItem, ...]:
+    """GDAL's items of an image of one band, but for its name and statistics; none where it holds none."""
+    try:
+        found = ET.fromstring(str(text).strip("\0 \n")) if text else ()
+    except ET.ParseError:
+        return ()
+    items = []
+    for item in found:
+        name, role = item.get("name", ""), item.get("role")
+        if role != "description" and not name.startswith(_STATISTICS):
+            items.append((tuple(item.attrib.items()), item.text or ""))
+    return tuple(items)
+
+
+def map_tags_of_part(image: Any, corner: tuple[int, int]) -> TiffFields:
+    """What places a part of an image on its map; nothing for an image without one.
+
+    Args:
+        image: a path; anything else has no map.
+        corner: (x, y) pixels, the first of the part.
+
+    Raises:
+        ImageError: a damaged georeference.
+    """
+    if not isinstance(image, (str, os.PathLike)):
+        return []
+    moved: TiffFields = []
+    for tag, kind, count, values, once in read_map_tags(image):
+        numbers = values
+        if tag == _TIES:  # pixel x, y, z, map x, y, z, of each point
+            steps = np.array([*corner, 0, 0, 0, 0])
+            numbers = tuple((np.reshape(values, (-1, 6)) - steps).ravel().tolist())
+        elif tag == _MATRIX:
+            step = np.eye(4)
+            step[:2, 3] = corner
+            numbers = tuple((np.reshape(values, (4, 4)) @ step).ravel().tolist())
+        moved.append((tag, kind, count, numbers, once))
+    return moved
 
 
 def write_bands(
@@ -67,7 +118,8 @@ def write_bands(
     bands: Sequence[NDArray[Any]],
     names: Sequence[str],
     *,
-    metadata: Metadata | None = None,
+    metadata: Sequence[Metadata] = (),
+    map_tags: TiffFields | None = None,
     nodata: float | None = None,
 ) -> None:
     """Writes bands as one TIFF, lossless (deflate), whole or not at all.
@@ -79,7 +131,9 @@ def write_bands(
         path: .tif or .tiff.
         bands: (H, W) each, or (H, W, C); bool becomes 0 and 255.
         names: of the bands.
-        metadata: of the image that the pixels belong to.
+        metadata: of each band's image, or none. That of the first is the file's; GDAL's items stay with their
+            bands, and those that all bands share are the file's.
+        map_tags: of `map_tags_of_part`, for bands that have the pixel grid of a GeoTIFF.
         nodata: value of pixels without data.
 
     Raises:
@@ -90,28 +144,29 @@ def write_bands(
         if band.dtype.name not in _TYPES:
             raise ImageError(f"band {name} has type {band.dtype}; a stack holds {', '.join(_TYPES)}")
     pixels = [band.astype(np.uint8) * 255 if band.dtype == np.bool_ else band for band in bands]
-    metadata = metadata or Metadata()
+    metadata = list(metadata) or [Metadata()] * len(bands)
     planes = len({(band.shape, band.dtype) for band in pixels}) == 1 and pixels[0].ndim == 2
+    # Planes of one image, or a page each.
+    pages = [(np.stack(pixels), range(len(pixels)))] if planes else [(p, (i,)) for i, p in enumerate(pixels)]
     with atomic_output(path) as temporary:
         try:
             with tifffile.TiffWriter(temporary) as file:
-                if planes:
-                    tags = _tags(metadata, nodata) + _gdal_names(names)
-                    _write(file, np.stack(pixels), tags, metadata, len(pixels))
-                else:
-                    for i, (band, name) in enumerate(zip(pixels, names, strict=True)):
-                        tags = _tags(metadata if i == 0 else Metadata(), nodata)
-                        tags.append((_PAGE_NAME, "s", 0, name, True))
-                        _write(file, band, tags, metadata if i == 0 else Metadata(), 1)
+                for number, (page, rows) in enumerate(pages):
+                    own = metadata[0] if number == 0 else Metadata()
+                    tags = _tags(own, nodata) + list(map_tags or ())
+                    tags.append(_gdal_tag([names[i] for i in rows], [metadata[i].items for i in rows]))
+                    if not planes:
+                        tags.append((_PAGE_NAME, "s", 0, names[number].encode(), True))
+                    _write(file, page, tags, own, len(rows) if planes else 1)
             if temporary.stat().st_size < _LARGEST:
-                _add_directories(temporary, metadata)
+                _add_directories(temporary, metadata[0])
         except (struct.error, ValueError) as error:
             if isinstance(error, ImageError):
                 raise
             raise OutputError(f"cannot write {path}: {error}") from error
 
 
-Tag = tuple[int, str, int, Any, bool]
+Tag = tuple[int, str | int, int, Any, bool]
 
 
 def _write(
@@ -153,12 +208,22 @@ def _tags(metadata: Metadata, nodata: float | None) -> list[Tag]:
     return tags
 
 
-def _gdal_names(names: Sequence[str]) -> list[Tag]:
-    items = "".join(
-        f'<Item name="DESCRIPTION" sample="{i}" role="description">{escape(name)}</Item>'
-        for i, name in enumerate(names)
-    )
-    return [(_GDAL_METADATA, "s", 0, f"<GDALMetadata>{items}</GDALMetadata>".encode(), True)]
+def _gdal_tag(names: Sequence[str], items: Sequence[tuple[GdalItem, ...]]) -> Tag:
+    """Names and items of bands, as GDAL stores them."""
+    of_file = [item for item in items[0] if "sample" not in dict(item[0]) and all(item in o for o in items)]
+    lines = [_gdal_line(item, None) for item in of_file]
+    for i, (name, own) in enumerate(zip(names, items, strict=True)):
+        described = (("name", "DESCRIPTION"), ("sample", ""), ("role", "description")), name
+        lines += [_gdal_line(item, i) for item in (described, *own) if item not in of_file]
+    return _GDAL_METADATA, "s", 0, f"<GDALMetadata>{''.join(lines)}</GDALMetadata>".encode(), True
+
+
+def _gdal_line(item: GdalItem, band: int | None) -> str:
+    attributes, text = dict(item[0]), item[1]
+    if band is not None:
+        attributes["sample"] = str(band)
+    written = "".join(f" {key}={quoteattr(value)}" for key, value in attributes.items())
+    return f"<Item{written}>{escape(text)}</Item>"
 
 
 def _add_directories(path: Path, metadata: Metadata) -> None:

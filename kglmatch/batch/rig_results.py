@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -207,6 +208,11 @@ class Rig:
             "bands": [band.to_dict() for band in self.bands],
             "problems": self.problems,
         }
+
+    def digest(self) -> str:
+        """A hash of what a rig says, whatever version of kglmatch read it."""
+        said = {key: value for key, value in self.to_dict().items() if key != "kglmatch_version"}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `rig.json`. Raises `OutputError` where it cannot."""

@@ -30,7 +30,6 @@ from kglmatch.batch.shards import Piece, count_pairs, find_shards, read_pieces
 from kglmatch.errors import DataError, KGLMatchError, OutputError
 from kglmatch.files import atomic_output, make_folder
 from kglmatch.models.pretrained import load_config
-from kglmatch.options import __version__
 from kglmatch.progress import counter
 
 PARTS_FOLDER = "parts"
@@ -186,7 +185,6 @@ def score_identity(model: Model, shards: Sequence[Path]) -> dict[str, Any]:
     digest = hashlib.sha256("\0".join(map(str, shards)).encode()).hexdigest()
     return {
         "job": "score",
-        "version": __version__,
         **model.identity(),
         "shards": len(shards),
         "paths": digest,

@@ -115,6 +115,36 @@ def read_pair_list(args: argparse.Namespace) -> PairList:
     return read_pairs(args.vis)
 
 
+def run_pairs(args: argparse.Namespace, command: str, options: dict[str, Any]) -> int:
+    """Runs a job on the pairs, or says what it would do; the exit code.
+
+    Args:
+        args: of `add_pairs_options`, `add_job_options` and `add_model_options`, and `save`.
+        command: "match" or "register".
+        options: of `Matcher.match_many` or `register_many`.
+    """
+    from kglmatch.batch import run_match, run_register
+    from kglmatch.batch.image_jobs import pending_pairs
+
+    save = None if args.save is None else f".{args.save}"
+    pairs, model = read_pair_list(args), model_of(args)
+    if args.dry_run:
+        pending = pending_pairs(command, model, save, pairs, args.output, options)
+        return say_plan(args, len(pairs), pending, "pairs")
+    report = (run_match if command == "match" else run_register)(
+        pairs,
+        args.output,
+        model=model,
+        save=save,
+        workers=args.workers,
+        engine=args.engine,
+        ray=ray_options(args),
+        progress=True,
+        **options,
+    )
+    return say_report(args, report)
+
+
 def model_of(args: argparse.Namespace) -> Model:
     """What the model options ask for."""
     from kglmatch.batch import Model
@@ -139,7 +169,7 @@ def say_plan(args: argparse.Namespace, total: int | None, pending: int | None, w
     return 0
 
 
-def say_report(args: argparse.Namespace, report: JobReport, seconds: float) -> int:
+def say_report(args: argparse.Namespace, report: JobReport) -> int:
     """Prints what a job came to; the exit code."""
     facts: dict[str, Any] = {
         "output": str(args.output),
@@ -149,14 +179,14 @@ def say_report(args: argparse.Namespace, report: JobReport, seconds: float) -> i
         "answered": report.answered,
         "errors": report.errors,
         "first_error": report.first_error,
-        "seconds": round(seconds, 3),
+        "seconds": round(report.seconds, 3),
     }
     if args.json:
         print_json(facts)
     else:
         total = "" if report.total is None else f" of {report.total}"
         before = f", {report.done_before} of them by earlier runs" if report.done_before else ""
-        print(f"{report.answered}{total} pairs answered{before} ({seconds:.1f} s)")
+        print(f"{report.answered}{total} pairs answered{before} ({report.seconds:.1f} s)")
         print(f"wrote {args.output / 'results.parquet'}")
     if report.errors:
         more = f" and {report.errors - 1} more" if report.errors > 1 else ""

@@ -6,16 +6,7 @@ import argparse
 from typing import Any
 
 from kglmatch.commands.common import add_model_options, fraction, non_negative_float, number, positive_int
-from kglmatch.commands.common_many import (
-    EXIT_CODES,
-    add_job_options,
-    add_pairs_options,
-    model_of,
-    ray_options,
-    read_pair_list,
-    say_plan,
-    say_report,
-)
+from kglmatch.commands.common_many import EXIT_CODES, add_job_options, add_pairs_options, run_pairs
 from kglmatch.options import (
     DECISIONS,
     DEFAULT_MAX_KEYPOINTS,
@@ -87,8 +78,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    from kglmatch.batch import run_match
-    from kglmatch.batch.image_jobs import pending_pairs
     from kglmatch.dense import check_dense
 
     if args.dense:
@@ -100,20 +89,4 @@ def run(args: argparse.Namespace) -> int:
             "upright", "nodata",
         )
     }  # fmt: skip
-    save = None if args.save is None else f".{args.save}"
-    pairs, model = read_pair_list(args), model_of(args)
-    if args.dry_run:
-        pending = pending_pairs("match", model, save, pairs, args.output, options)
-        return say_plan(args, len(pairs), pending, "pairs")
-    report = run_match(
-        pairs,
-        args.output,
-        model=model,
-        save=save,
-        workers=args.workers,
-        engine=args.engine,
-        ray=ray_options(args),
-        progress=True,
-        **options,
-    )
-    return say_report(args, report, report.seconds)
+    return run_pairs(args, "match", options)

@@ -6,16 +6,7 @@ import argparse
 from typing import Any
 
 from kglmatch.commands.common import add_model_options, non_negative_float, number
-from kglmatch.commands.common_many import (
-    EXIT_CODES,
-    add_job_options,
-    add_pairs_options,
-    model_of,
-    ray_options,
-    read_pair_list,
-    say_plan,
-    say_report,
-)
+from kglmatch.commands.common_many import EXIT_CODES, add_job_options, add_pairs_options, run_pairs
 from kglmatch.options import DEFAULT_KIND, DEFAULT_MAX_ROTATION, DEFAULT_MAX_SCALE, KINDS
 
 FORMATS = ("tif", "png")
@@ -82,27 +73,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    from kglmatch.batch import run_register
-    from kglmatch.batch.image_jobs import pending_pairs
     from kglmatch.registration.limits import Limits
 
     Limits(args.kind, args.max_displacement, args.max_rotation, args.max_scale)
     names = ("kind", "max_displacement", "max_rotation", "max_scale", "nodata")
     options = {name: getattr(args, name) for name in names}
-    save = None if args.save is None else f".{args.save}"
-    pairs, model = read_pair_list(args), model_of(args)
-    if args.dry_run:
-        pending = pending_pairs("register", model, save, pairs, args.output, options)
-        return say_plan(args, len(pairs), pending, "pairs")
-    report = run_register(
-        pairs,
-        args.output,
-        model=model,
-        save=save,
-        workers=args.workers,
-        engine=args.engine,
-        ray=ray_options(args),
-        progress=True,
-        **options,
-    )
-    return say_report(args, report, report.seconds)
+    return run_pairs(args, "register", options)

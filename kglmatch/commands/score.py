@@ -135,34 +135,12 @@ def _read_npz(path: Path, patch_size: int) -> tuple[list[str], NDArray[Any], NDA
 
 def _pairs_of_folders(vis: Path, ir: Path) -> list[tuple[Path, Path]]:
     """Files of one name (without the extension) in both folders, sorted."""
-    of_vis, of_ir = _by_stem(vis), _by_stem(ir)
-    shared = sorted(set(of_vis) & set(of_ir))
-    if not shared:
-        raise DataError(
-            f"{vis} and {ir} have no file name in common "
-            f"({len(of_vis)} and {len(of_ir)} files); pairs have the same name in both"
-        )
-    alone = sorted(set(of_vis) ^ set(of_ir))
+    from kglmatch.batch.pairs import files_of_one_name
+
+    paired, alone = files_of_one_name(vis, ir)
     if alone:
         say(f"left out {len(alone)} files without a partner (first: {alone[0]})")
-    return [(of_vis[stem], of_ir[stem]) for stem in shared]
-
-
-def _by_stem(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    try:
-        paths = sorted(folder.iterdir())
-    except OSError as error:
-        raise DataError(f"cannot read {folder}: {error.strerror or error}") from error
-    for path in paths:
-        if path.name.startswith(".") or not path.is_file():
-            continue
-        if path.stem in found:
-            raise DataError(
-                f"{folder} holds both {found[path.stem].name} and {path.name}: which one is meant?"
-            )
-        found[path.stem] = path
-    return found
+    return paired
 
 
 def _read_images(paths: list[Path], patch_size: int) -> NDArray[np.float32]:

@@ -54,4 +54,4 @@ def run(args: argparse.Namespace) -> int:
     report = run_score(
         args.shards, args.output, model=model, engine=args.engine, ray=ray_options(args), progress=True
     )
-    return say_report(args, report, report.seconds)
+    return say_report(args, report)
