@@ -1,16 +1,18 @@
 """Measures jobs on many pairs: throughput, memory, kills, Ray.
 
-python benchmarks/many.py --throughput [--pairs 12]   match_many against describe and match alone
-python benchmarks/many.py --memory [--pairs 10000]    resident memory along a list of pairs
-python benchmarks/many.py --kills 10 [--command C]    kill -9 at random moments, then resume
-python benchmarks/many.py --ray [--pairs 12]          two actors against two plain processes
+python benchmarks/many.py --throughput               match_many against describe and match alone
+python benchmarks/many.py --memory [--output NAME]   memory along 10,000 pairs; NAME.csv and NAME.png
+python benchmarks/many.py --kills 10 [--command C]   kill -9 at random moments, then resume
+python benchmarks/many.py --ray                      two actors against two plain processes
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -18,11 +20,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 
-from kglmatch.batch import Model, RayOptions, pairs_of_folders, run_match
+from kglmatch.batch import Model, PairList, RayOptions, pairs_of_folders
+from kglmatch.batch.image_jobs import MatchWork
+from kglmatch.batch.ray_engine import run_on_ray
 from kglmatch.images import load_image
 from kglmatch.options import DEFAULT_MODEL
 from kglmatch.patch_matcher import cut_patches
@@ -133,10 +138,31 @@ def memory(args: argparse.Namespace, model: Model, folder: Path) -> None:
             yield tuple(str(folder / "data" / side / f"{i % 16:06}.png") for side in ("vis", "ir"))  # type: ignore[misc]
 
     print("pair    MiB    seconds")
-    began = time.perf_counter()
+    began, rows = time.perf_counter(), []
     for i, _ in enumerate(matcher.match_many(pairs(), max_keypoints=args.keypoints, workers=args.workers), 1):
-        if i in (100, 300, 1000, 3000) or i == args.pairs:
-            print(f"{i:<7} {resident():<6.1f} {time.perf_counter() - began:.0f}", flush=True)
+        if i % max(1, args.pairs // 200) == 0 or i == 100:
+            rows.append((i, round(resident(), 1), round(time.perf_counter() - began, 1)))
+            if i in (100, 300, 1000, 3000) or i == args.pairs:
+                print("{:<7} {:<6.1f} {:.0f}".format(*rows[-1]), flush=True)
+    later = [mib for i, mib, _ in rows if i >= 100]
+    print(f"from pair 100 on: {min(later):.1f} to {max(later):.1f} MiB")
+    if args.output is not None:
+        save_memory(args.output, rows)
+
+
+def save_memory(output: Path, rows: list[tuple[int, float, float]]) -> None:
+    """Writes OUTPUT.csv and OUTPUT.png."""
+    from matplotlib.figure import Figure
+
+    with output.with_suffix(".csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("pair", "mib", "seconds"), *rows])
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([row[0] for row in rows], [row[1] for row in rows], color="black", linewidth=1)
+    axes.set(xlabel="pair", ylabel="resident memory, MiB", ylim=(0, None), xlim=(0, None))
+    axes.set_title("match_many: this process and its workers", fontsize=10)
+    figure.savefig(output.with_suffix(".png"), dpi=120)
+    print(f"wrote {output.with_suffix('.csv')} and {output.with_suffix('.png')}")
 
 
 def kills(args: argparse.Namespace, model: Model, folder: Path) -> None:
@@ -170,50 +196,69 @@ def kills(args: argparse.Namespace, model: Model, folder: Path) -> None:
     print(f"{args.pairs} pairs: {len(names)} rows, {len(set(names))} names, {lines()} lines in the journal")
 
 
+class TimedWork(MatchWork):
+    """Rows say when the actor began and ended the task that they belong to."""
+
+    def __call__(self, items: list[Any]) -> list[dict[str, Any]]:
+        began = time.time()
+        rows = super().__call__(items)
+        return [{**row, "began": began, "ended": time.time()} for row in rows]
+
+
+PLAIN = """
+import sys, pickle
+model, pairs, options = pickle.load(sys.stdin.buffer)
+matcher = model.load()
+print("ready", flush=True)
+sys.stdin.buffer.read(1)
+assert all(result.error is None for result in matcher.match_many(pairs, workers=0, **options))
+"""
+
+
+def plain_processes(model: Model, pairs: PairList, options: dict[str, Any]) -> float:
+    """Seconds that two processes of one thread take with half of the pairs each, models loaded before."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    halves = [pairs[0 : len(pairs) : 2], pairs[1 : len(pairs) : 2]]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PLAIN], stdin=-1, stdout=-1, env=environment) for _ in halves
+    ]
+    for process, half in zip(processes, halves, strict=True):
+        pickle.dump((model, half, options), process.stdin)
+        process.stdin.flush()
+    for process in processes:
+        process.stdout.readline()
+    began = time.perf_counter()
+    for process in processes:
+        process.stdin.close()
+    assert not any(process.wait() for process in processes)
+    return time.perf_counter() - began
+
+
 def ray(args: argparse.Namespace, model: Model, folder: Path) -> None:
-    """Two plain processes with half of the pairs each, and two actors; one thread each."""
+    """Turn by turn: two plain processes with half of the pairs each, and two actors; one thread each."""
     import ray as cluster
 
     pairs = pairs_of_folders(*write_pairs(folder / "data", args.pairs, args.side))
-    halves = [pairs[0 : len(pairs) : 2], pairs[1 : len(pairs) : 2]]
     options = {"max_keypoints": args.keypoints}
-    code = (
-        "import sys, pickle, time\n"
-        "model, pairs, options = pickle.load(sys.stdin.buffer)\n"
-        "matcher = model.load()\n"
-        "print('ready', flush=True); sys.stdin.buffer.read(1)\n"
-        "assert all(r.error is None for r in matcher.match_many(pairs, workers=0, **options))\n"
-    )
-    import pickle
-
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    tasks = [pairs[i : i + 8] for i in range(0, len(pairs), 8)]  # as `run_match` hands them out
+    cluster.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ratios = []
     for _ in range(args.rounds):
-        plain = [
-            subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, env=environment)
-            for _ in halves
-        ]
-        for process, half in zip(plain, halves, strict=True):
-            pickle.dump((model, half, options), process.stdin)
-            process.stdin.flush()
-        for process in plain:
-            process.stdout.readline()
+        plain = plain_processes(model, pairs, options)
         began = time.perf_counter()
-        for process in plain:
-            process.stdin.close()
-        assert not any(process.wait() for process in plain)
-        of_plain = time.perf_counter() - began
-        # The first job starts the actors; the time between the first and the last row is what counts.
-        if not cluster.is_initialized():
-            cluster.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-        out = Path(tempfile.mkdtemp(dir=folder))
-        began = time.perf_counter()
-        report = run_match(pairs, out, model=model, engine="ray", ray=RayOptions(actors=2, cpus=1), **options)
-        assert report.complete
-        busy = sum(json.loads(line)["seconds"] for line in (out / "journal.jsonl").open()) / 2
+        work = TimedWork(model, options, None, "")
+        rows = list(run_on_ray(work, iter(tasks), RayOptions(actors=2, cpus=1), lambda pair: {"error": pair}))
         whole = time.perf_counter() - began
+        assert len(rows) == len(pairs) and all(row["error"] is None for row in rows)
+        # From the first task to the end of the last: like the plain processes, without loading the model.
+        busy = max(row["ended"] for row in rows) - min(row["began"] for row in rows)
+        ratios.append(plain / busy)
         print(
-            f"two processes {of_plain:.1f} s; Ray {whole:.1f} s with its start; {busy:.1f} s of work an actor"
+            f"{len(pairs)} pairs: two processes {plain:.1f} s, two actors {busy:.1f} s ({whole:.1f} s with "
+            f"their start); ratio of throughputs {ratios[-1]:.3f}",
+            flush=True,
         )
+    print(f"median {np.median(ratios):.3f}")
 
 
 def main() -> None:
@@ -229,13 +274,15 @@ def main() -> None:
     parser.add_argument("--keypoints", type=int)
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, metavar="NAME", help="of --memory: NAME.csv and NAME.png")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--thin", action="store_true", help="a thin network, which --memory and --kills take anyway"
     )
     args = parser.parse_args()
     small = args.memory or args.kills is not None
-    args.pairs = args.pairs or (10_000 if args.memory else 40 if args.kills is not None else 12)
+    usual = 10_000 if args.memory else 40 if args.kills is not None else 48 if args.ray else 12
+    args.pairs = args.pairs or usual
     args.side = args.side or (112 if small else 512)
     args.keypoints = args.keypoints or (16 if small else 300)
     with tempfile.TemporaryDirectory() as name:

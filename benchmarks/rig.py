@@ -3,16 +3,18 @@
     python benchmarks/rig.py DATA/training/nir-naip --captures 500
     python benchmarks/rig.py DATA/training/nir-naip --captures 40 --bands 5 --case height
     python benchmarks/rig.py DATA/training/nir-naip --captures 200 --kills 10
+    python benchmarks/rig.py DATA/vis-lwir/roadscene --captures 100 --thermal
 
 Captures of five bands (blue, green, red, red edge and near infrared) are cut from registered pairs of visible
 and near-infrared images. Every band has a transform of its own, which wanders from capture to capture by
-noise; exposures differ, and one capture in ten shows nothing. The cases:
+noise; exposures differ, and one capture in ten shows nothing. With --thermal the captures are of two bands,
+a colour image (8 bits) and a thermal one (16 bits). The cases:
 
     flight      as above: to be calibrated
-    height      the near-infrared camera is mounted apart, and the height changes: to be refused (parallax)
+    height      the last camera is mounted apart, and the height changes: to be refused (parallax)
     relief      things stand out of the scene, and are moved by parallax: to be refused
-    loose       the near-infrared camera turns away during the flight: to be refused
-    unrelated   the near-infrared images are those of other captures: to fail
+    loose       the last camera turns away during the flight: to be refused
+    unrelated   the images of the last camera are those of other captures: to fail
 
 The pairs must be registered well: those of DATA/vis-nir/country are apart by up to some pixels, scene by
 scene, and are refused for that. --repeat calibrates without the known transforms too, and counts the
@@ -24,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -42,7 +45,8 @@ from kglmatch.batch.rig_results import Rig, RigBand
 from kglmatch.geometry import corner_error, similarity_about
 
 SIZE = 320, 256
-BANDS = ("1", "2", "3", "4", "5")  # blue, green, red, red edge, near infrared or thermal
+BANDS = ("1", "2", "3", "4", "5")  # blue, green, red, red edge, near infrared
+THERMAL = ("rgb", "thermal")
 MARGIN = 28  # pixels that transforms reach beyond a crop
 WANDER, TURN = 0.4, 0.03  # standard deviations: pixels, degrees
 EMPTY = 10  # one capture in ten
@@ -57,24 +61,26 @@ def image_pairs(folder: Path) -> list[tuple[Path, Path]]:
     return [(path, Path(str(path).replace("_rgb", "_nir"))) for path in sorted(folder.glob("*_rgb.*"))]
 
 
-def band_images(vis: Path, ir: Path) -> list[np.ndarray]:
-    """The five bands of a scene, (H, W) float32 in [0, 1]."""
+def band_images(vis: Path, ir: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """The bands of a scene, (H, W) or for colour (H, W, 3), float32 in [0, 1]."""
     colour = cv2.imread(str(vis)).astype(np.float32) / 255
     infrared = load_image(ir)
     least = max(SIZE[0] / colour.shape[1], SIZE[1] / colour.shape[0]) * 1.3
     if least > 1:
         width, height = (int(np.ceil(side * least)) for side in colour.shape[1::-1])
         colour, infrared = (cv2.resize(image, (width, height)) for image in (colour, infrared))
+    if names == THERMAL:
+        return [cv2.cvtColor(colour, cv2.COLOR_BGR2RGB), infrared]
     blue, green, red = cv2.split(colour)
     return [blue, green, red, np.clip(0.5 * red**0.8 + 0.5 * infrared, 0, 1), infrared]
 
 
-def rig_transforms(seed: int) -> dict[str, np.ndarray]:
+def rig_transforms(seed: int, names: Sequence[str]) -> dict[str, np.ndarray]:
     """From reference to band pixels: up to 1.5 degrees, 2 %, 10 pixels."""
     rng = np.random.default_rng(seed)
     centre = (SIZE[0] - 1) / 2, (SIZE[1] - 1) / 2
     found = {}
-    for band in BANDS[1:]:
+    for band in names[1:]:
         moved = centre[0] + rng.uniform(-10, 10), centre[1] + rng.uniform(-10, 10)
         found[band] = similarity_about(rng.uniform(-1.5, 1.5), rng.uniform(0.98, 1.02), centre, moved)
     return found
@@ -86,39 +92,39 @@ def write_flight(
     count: int,
     case: str,
     truth: dict[str, np.ndarray],
-    bands: Sequence[str] = BANDS,
+    names: Sequence[str],
 ) -> None:
-    """Writes CAPTURE_BAND.tif of a flight, of the reference and these bands."""
+    """Writes CAPTURE_BAND.tif of a flight, of the reference and the bands whose transforms are known."""
     rng = np.random.default_rng(1)
-    scenes = [band_images(*pair) for pair in pairs[: min(len(pairs), count)]]
+    scenes = [band_images(*pair, names) for pair in pairs[: min(len(pairs), count)]]
     centre = (SIZE[0] - 1) / 2, (SIZE[1] - 1) / 2
     for i in range(count):
         scene = scenes[i % len(scenes)]
-        height, width = scene[0].shape
+        height, width = scene[0].shape[:2]
         margin = min(MARGIN, (width - SIZE[0]) // 2, (height - SIZE[1]) // 2)
         x = rng.integers(margin, width - SIZE[0] - margin + 1)
         y = rng.integers(margin, height - SIZE[1] - margin + 1)
         to_scene = np.array([[1, 0, x], [0, 1, y], [0, 0, 1.0]])
         above = rng.uniform(40, 120)  # metres
-        for number, band in enumerate(BANDS):
+        for number, band in enumerate(names):
             image, transform = scene[number], np.eye(3)
             if number:
-                if band not in bands:
+                if band not in truth:
                     continue
                 wander = rng.normal(0, WANDER, 2)
-                if case == "height" and band == BANDS[-1]:
+                if case == "height" and band == names[-1]:
                     wander += [480 / above - 6, 0]
-                if case == "loose" and band == BANDS[-1]:
+                if case == "loose" and band == names[-1]:
                     wander += [0, 8 * i / max(count - 1, 1) - 4]
                 moved = centre[0] + wander[0], centre[1] + wander[1]
                 transform = similarity_about(rng.normal(0, TURN), 1.0, centre, moved) @ truth[band]
-            if case == "unrelated" and band == BANDS[-1]:
+            if case == "unrelated" and band == names[-1]:
                 image = scenes[(i + 1) % len(scenes)][number]
             from_band = to_scene @ np.linalg.inv(transform)
             flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
             border = cv2.BORDER_REFLECT
             moved_image = cv2.warpPerspective(image, from_band, SIZE, flags=flags, borderMode=border)
-            if case == "relief" and band == BANDS[-1]:
+            if case == "relief" and band == names[-1]:
                 near = np.array([[1, 0, 7.0], [0, 1, 0], [0, 0, 1]])
                 other = cv2.warpPerspective(image, from_band @ near, SIZE, flags=flags, borderMode=border)
                 blocks = (np.add.outer(np.arange(SIZE[1]) // 128, np.arange(SIZE[0]) // 107) + i) % 2 > 0
@@ -127,9 +133,10 @@ def write_flight(
                 moved_image = np.full_like(moved_image, 0.5)  # sky
             noisy = moved_image * rng.uniform(0.6, 1) + rng.normal(0, 0.01, moved_image.shape)
             xmp = f'<x drone-dji:RelativeAltitude="{above:+.2f}"/>'.encode()
+            white, dtype = (255, np.uint8) if noisy.ndim == 3 else (4000, np.uint16)
             tifffile.imwrite(
                 folder / f"IMG_{i:04}_{band}.tif",
-                np.rint(np.clip(noisy, 0, 1) * 4000).astype(np.uint16),
+                np.rint(np.clip(noisy, 0, 1) * white).astype(dtype),
                 extratags=[(700, "B", len(xmp), xmp, True)] if number == 0 else [],
                 metadata=None,
             )
@@ -191,39 +198,53 @@ def main() -> None:
     parser.add_argument("--captures", type=int, default=500, metavar="N")
     parser.add_argument("--case", choices=CASES, default="flight")
     parser.add_argument("--bands", nargs="+", choices=BANDS[1:], default=BANDS[1:], help="to calibrate")
-    parser.add_argument("--model", default="kglnet-vis-nir")
+    parser.add_argument("--thermal", action="store_true", help="a colour and a thermal camera")
+    parser.add_argument("--model", help="default: kglnet-vis-nir, with --thermal kglnet-vis-lwir")
     parser.add_argument("--repeat", action="store_true", help="without the error of the set")
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="kill `rig apply` N times")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
+    names = THERMAL if args.thermal else BANDS
+    model = args.model or ("kglnet-vis-lwir" if args.thermal else "kglnet-vis-nir")
     pairs = image_pairs(args.data)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        truth = rig_transforms(0)
+        truth = rig_transforms(0, names)
+        if not args.thermal:
+            truth = {band: truth[band] for band in args.bands}
         (folder / "flight").mkdir()
-        write_flight(folder / "flight", pairs, args.captures, args.case, truth, args.bands)
+        write_flight(folder / "flight", pairs, args.captures, args.case, truth, names)
         if args.kills:
             rig_file = folder / "rig.json"
-            write_rig(rig_file, truth)
+            write_rig(rig_file, truth, names[0])
             kill_apply(rig_file, folder / "flight", folder, args.kills)
             return
-        matcher = Matcher.from_pretrained(args.model)
+        matcher = Matcher.from_pretrained(model)
         base = None
         if args.repeat:
             (folder / "base").mkdir()
-            still = {band: np.eye(3) for band in BANDS[1:]}
-            write_flight(folder / "base", pairs, args.captures, args.case, still, args.bands)
-            base = calibrate_rig(matcher, find_captures(folder / "base"), max_captures=None)
+            write_flight(
+                folder / "base", pairs, args.captures, args.case, dict.fromkeys(truth, np.eye(3)), names
+            )
+            base = calibrate(matcher, folder / "base", names[0])
         began = time.perf_counter()
-        rig = calibrate_rig(matcher, find_captures(folder / "flight"), max_captures=None)
+        rig = calibrate(matcher, folder / "flight", names[0])
         seconds = time.perf_counter() - began
         errors = report(rig, truth, base)
-        print(f"{args.captures} captures of {1 + len(rig.bands)} bands, case {args.case}: {seconds:.0f} s")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        print(
+            f"{args.captures} captures of {1 + len(rig.bands)} bands, case {args.case}: {seconds:.0f} s, "
+            f"at most {peak} MiB"
+        )
         if args.json is not None:
             args.json.write_text(json.dumps({"errors": errors, "seconds": seconds, "rig": rig.to_dict()}))
 
 
-def write_rig(path: Path, truth: dict[str, np.ndarray]) -> None:
+def calibrate(matcher: Matcher, flight: Path, reference: str) -> Rig:
+    return calibrate_rig(matcher, find_captures(flight), reference=reference, max_captures=None)
+
+
+def write_rig(path: Path, truth: dict[str, np.ndarray], reference: str) -> None:
     """A rig of the known transforms, where nothing is to be calibrated."""
     bands = tuple(
         RigBand(
@@ -246,7 +267,7 @@ def write_rig(path: Path, truth: dict[str, np.ndarray]) -> None:
         )
         for band, transform in truth.items()
     )
-    Rig(BANDS[0], SIZE, bands, 1.0, "", 1, {}).save(path)
+    Rig(reference, SIZE, bands, 1.0, "", 1, {}).save(path)
 
 
 if __name__ == "__main__":
