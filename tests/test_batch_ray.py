@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +53,15 @@ def free_ports(count: int) -> list[int]:
 
 def end(process: subprocess.Popen) -> None:
     """Ends the cluster that a process holds. `ray stop` would end every one on the machine."""
-    process.terminate()  # it takes down what it started
+    process.terminate()  # it takes down what it started, but waits for long
     try:
-        process.wait(timeout=60)
+        process.wait(timeout=3)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
+    for pid in processes_of_cluster():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +127,13 @@ def model(tmp_path_factory):
         yield ThinModel(str(save_thin_model(tmp_path_factory.mktemp("model"))), device="cpu", batch_size=8)
 
 
-def actors() -> list[int]:
-    """Processes of the actors of the cluster of this test: below the one that holds it."""
+def processes_of_cluster(kind: bytes = b"") -> list[int]:
+    """Processes of the cluster of these tests whose command begins so."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             ours = CLUSTER_MARK in (path.parent / "environ").read_text(errors="replace")
-            if ours and path.read_bytes().startswith(b"ray::_Actor"):
+            if ours and path.read_bytes().startswith(kind):
                 found.append(int(path.parent.name))
         except OSError:
             continue
@@ -142,7 +146,7 @@ def kill_one_when(ready) -> threading.Thread:
     def wait() -> None:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            if ready() and (found := actors()):
+            if ready() and (found := processes_of_cluster(b"ray::_Actor")):
                 os.kill(found[0], signal.SIGKILL)
                 killed.append(found[0])
                 return
