@@ -284,7 +284,7 @@ def main() -> None:
     usual = 10_000 if args.memory else 40 if args.kills is not None else 48 if args.ray else 12
     args.pairs = args.pairs or usual
     args.side = args.side or (112 if small else 512)
-    args.keypoints = args.keypoints or (16 if small else 300)
+    args.keypoints = args.keypoints or (32 if args.memory else 16 if small else 300)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         thin = args.thin or small

@@ -3,7 +3,7 @@
     python benchmarks/rig.py DATA/training/nir-naip --captures 500
     python benchmarks/rig.py DATA/training/nir-naip --captures 40 --bands 5 --case height
     python benchmarks/rig.py DATA/training/nir-naip --captures 200 --kills 10
-    python benchmarks/rig.py DATA/vis-lwir/roadscene --captures 100 --thermal
+    python benchmarks/rig.py DATA/vis-lwir/roadscene --captures 100 --thermal --tolerance 3
 
 Captures of five bands (blue, green, red, red edge and near infrared) are cut from registered pairs of visible
 and near-infrared images. Every band has a transform of its own, which wanders from capture to capture by
@@ -17,8 +17,8 @@ a colour image (8 bits) and a thermal one (16 bits). The cases:
     unrelated   the images of the last camera are those of other captures: to fail
 
 The pairs must be registered well: those of DATA/vis-nir/country are apart by up to some pixels, scene by
-scene, and are refused for that. --repeat calibrates without the known transforms too, and counts the
-difference.
+scene, and are refused for that; so are those of DATA/vis-lwir/roadscene within 1 pixel. --repeat calibrates
+without the known transforms too, and counts the difference.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from kglmatch.batch.captures import find_captures
 from kglmatch.batch.rig import calibrate_rig
 from kglmatch.batch.rig_results import Rig, RigBand
 from kglmatch.geometry import corner_error, similarity_about
+from kglmatch.options import DEFAULT_RIG_TOLERANCE
 
 SIZE = 320, 256
 BANDS = ("1", "2", "3", "4", "5")  # blue, green, red, red edge, near infrared
@@ -200,6 +201,7 @@ def main() -> None:
     parser.add_argument("--bands", nargs="+", choices=BANDS[1:], default=BANDS[1:], help="to calibrate")
     parser.add_argument("--thermal", action="store_true", help="a colour and a thermal camera")
     parser.add_argument("--model", help="default: kglnet-vis-nir, with --thermal kglnet-vis-lwir")
+    parser.add_argument("--tolerance", type=float, default=DEFAULT_RIG_TOLERANCE, help="pixels")
     parser.add_argument("--repeat", action="store_true", help="without the error of the set")
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="kill `rig apply` N times")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -226,9 +228,9 @@ def main() -> None:
             write_flight(
                 folder / "base", pairs, args.captures, args.case, dict.fromkeys(truth, np.eye(3)), names
             )
-            base = calibrate(matcher, folder / "base", names[0])
+            base = calibrate(matcher, folder / "base", names[0], args.tolerance)
         began = time.perf_counter()
-        rig = calibrate(matcher, folder / "flight", names[0])
+        rig = calibrate(matcher, folder / "flight", names[0], args.tolerance)
         seconds = time.perf_counter() - began
         errors = report(rig, truth, base)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -240,8 +242,9 @@ def main() -> None:
             args.json.write_text(json.dumps({"errors": errors, "seconds": seconds, "rig": rig.to_dict()}))
 
 
-def calibrate(matcher: Matcher, flight: Path, reference: str) -> Rig:
-    return calibrate_rig(matcher, find_captures(flight), reference=reference, max_captures=None)
+def calibrate(matcher: Matcher, flight: Path, reference: str, tolerance: float) -> Rig:
+    captures = find_captures(flight)
+    return calibrate_rig(matcher, captures, reference=reference, tolerance=tolerance, max_captures=None)
 
 
 def write_rig(path: Path, truth: dict[str, np.ndarray], reference: str) -> None:

@@ -13,8 +13,9 @@ from conftest import other_sensor, texture
 
 from kglmatch.batch.captures import Capture, Moment
 from kglmatch.batch.rig import calibrate_rig, find_trend, objection, spread
+from kglmatch.batch.rig_apply import apply_rig
 from kglmatch.batch.rig_check import check_rig, draw_check
-from kglmatch.batch.rig_pool import own_shift, refine_capture
+from kglmatch.batch.rig_pool import _clearly_more, own_shift, refine_capture
 from kglmatch.batch.rig_results import Residuals, Rig, RigBand
 from kglmatch.errors import DataError, KGLMatchError, OutputError
 from kglmatch.geometry import corner_error, similarity_about
@@ -86,7 +87,7 @@ def test_a_rig_is_calibrated_from_all_captures(rig):
 def test_captures_that_cannot_be_used_are_named(rig):
     assert set(rig.problems) == {"lacking", "small", "damaged"}
     assert rig.problems["lacking"] == "has no band 3"
-    assert "is 256 x 100" in rig.problems["small"]
+    assert rig.problems["small"] == "band 1 is 256 x 100, where band 1 of the others is 256 x 208"
     assert "missing.tif" in rig.problems["damaged"]
 
 
@@ -165,6 +166,27 @@ def test_a_rig_that_moves_is_refused(matcher):
 
 
 @pytest.mark.slow
+def test_parallax_is_refused_and_the_height_named(matcher, tmp_path):
+    """A camera mounted apart: its displacement falls with the height that the files name."""
+    heights = [40, 95, 60, 120, 45, 80, 52, 110, 70, 48]
+    for capture, height in zip(flight(10, [(480 / h - 6, 0) for h in heights]), heights, strict=True):
+        xmp = f'<x drone-dji:RelativeAltitude="+{height}.00"/>'.encode()
+        for band in "12":
+            tifffile.imwrite(
+                tmp_path / f"{capture.name}_{band}.tif",
+                capture.bands[band],
+                extratags=[(700, "B", len(xmp), xmp, True)] if band == "1" else [],
+                metadata=None,
+            )
+    rig = calibrate_rig(matcher, tmp_path, kind="similarity", **LIMITS)
+    band = rig["2"]
+    assert band.verdict == "varies" and not rig.serves and "height (parallax)" in band.reason
+    assert band.trend is not None and band.trend.pixels == pytest.approx(480 / 40 - 480 / 120, rel=0.25)
+    with pytest.raises(KGLMatchError, match=r"height \(parallax\).*refine each capture"):
+        apply_rig(rig, tmp_path, tmp_path.parent / "out")
+
+
+@pytest.mark.slow
 def test_a_band_of_another_scene_fails(matcher, monkeypatch):
     monkeypatch.setattr("kglmatch.batch.rig._MATCH_KEYPOINTS", 60)
     captures = [
@@ -234,6 +256,14 @@ def test_noise_follows_nothing():
 def test_parallax_within_the_scene_is_an_objection():
     found = residuals(np.zeros((5, 2)), consistent=0.4)
     assert "40 %" in str(objection(found, 5, None, 1.0))
+
+
+def test_captures_that_show_nothing_do_not_choose_the_kind():
+    """Halves hold as much to see, also where sky alternates; sky does not make a small gain a clear one."""
+    told = np.array([1.0, 0, 0.9, 0, 1.1, 0, 1.0, 0, 0.95, 0])
+    assert not _clearly_more(told * 1.005, told)
+    assert _clearly_more(told * 1.05, told)
+    assert _clearly_more(np.repeat(told, 2) * 1.005, np.repeat(told, 2))
 
 
 def test_spread_takes_rows_evenly():

@@ -197,7 +197,7 @@ class Flight:
                 self.problems.setdefault(capture.name, f"has no band {', '.join(lacking)}")
             elif None not in sizes:
                 odd = [
-                    f"{capture.bands[band]} is {size[0]} x {size[1]}, where band {band} of the others is "
+                    f"{_called(capture, band)} is {size[0]} x {size[1]}, where band {band} of the others is "
                     f"{self.sizes[band][0]} x {self.sizes[band][1]}"
                     for band, size in zip((vis, ir), sizes, strict=True)
                     if size is not None and size != self.sizes[band]
@@ -221,6 +221,12 @@ class Flight:
         """When and from where the captures of these names were taken."""
         known = dict(zip((capture.name for capture in self.captures), self.moments, strict=True))
         return [known[name] for name in names]
+
+
+def _called(capture: Capture, band: str) -> str:
+    """What messages call an image: its path, if it has one."""
+    image = capture.bands[band]
+    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"band {band}"
 
 
 def image_size(image: Any) -> tuple[int, int]:

@@ -183,25 +183,35 @@ def choose_kind(pool: Pool, kind: str, correction: Matrix) -> tuple[TransformKin
     blurred = [smooth(level.surfaces, 0.5)]
     candidates = _CANDIDATES if kind == DEFAULT_KIND else (cast(TransformKind, kind),)
     chosen, fitted, best = candidates[0], correction, np.zeros(0)
+    half = _halves(pool, correction)
     grid = Level(np.unique(level.centres, axis=0), level.surfaces[:0], level.to_level, level.predicted)
     for candidate in candidates:
         start = nearest_similarity(grid, correction) if candidate == "similarity" else correction
         moved = maximise_votes(blurred, level.centres, candidate, start)
-        given = _held_out_by_capture(pool, candidate, moved) if len(candidates) > 1 else best
+        given = _held_out_by_capture(pool, candidate, moved, half) if len(candidates) > 1 else best
         if not len(best) or _clearly_more(given, best):
             chosen, fitted, best = candidate, moved, given
     return chosen, fitted
 
 
-def _held_out_by_capture(pool: Pool, kind: TransformKind, start: Matrix) -> Matrix:
-    """Mean vote of each capture for a correction fitted to the other half of the captures.
+def _halves(pool: Pool, start: Matrix) -> NDArray[np.bool_]:
+    """(P,) windows of every other capture, as ranked by their votes for a correction.
 
-    A single capture is halved in a checkerboard.
+    So both halves hold as much to see, also where captures of sky alternate with others. A single capture is
+    halved in a checkerboard.
     """
+    index = np.unique(pool.rows, return_inverse=True)[1]
+    if not index.max():
+        return checkerboard(pool.level.centres)
+    given = votes(smooth(pool.level.surfaces, 1.0), pool.level.centres, start)
+    best_first = np.argsort([-vote for vote in pool.per_capture(given).values()], kind="stable")
+    return np.isin(index, best_first[::2])
+
+
+def _held_out_by_capture(pool: Pool, kind: TransformKind, start: Matrix, half: NDArray[np.bool_]) -> Matrix:
+    """Mean vote of each capture for a correction fitted to the half of the windows without it."""
     level = pool.level
     blurred = smooth(level.surfaces, 1.0)
-    index = np.unique(pool.rows, return_inverse=True)[1]
-    half = index % 2 == 0 if index.max() > 0 else checkerboard(level.centres)
     given = np.empty(len(level.centres))
     for part in (half, ~half):
         fitted = maximise_votes([blurred[part]], level.centres[part], kind, start)
@@ -211,9 +221,11 @@ def _held_out_by_capture(pool: Pool, kind: TransformKind, start: Matrix) -> Matr
 
 def _clearly_more(a: Matrix, b: Matrix) -> bool:
     """Whether the votes (N,) of captures for one thing exceed those for another by more than chance."""
-    if len(a) < _ENOUGH_TO_TEST:
+    # Captures that show nothing say nothing of either.
+    telling = np.maximum(a, b) >= LEAST_SUPPORT
+    if telling.sum() < _ENOUGH_TO_TEST:
         return bool(a.sum() > b.sum() * _KIND_GAIN)
-    gained = a - b
+    gained = (a - b)[telling]
     return bool(gained.mean() > 2 * gained.std() / np.sqrt(len(gained)))
 
 
@@ -365,7 +377,7 @@ def refine_capture(vis: Image, ir: Image, transform: Matrix) -> Matrix | None:
         if found.support > support * _KIND_GAIN:
             correction, support = shift, found.support
         one = Pool(level, np.zeros(len(level.centres), np.int64))
-        turned = float(_held_out_by_capture(one, "similarity", shift)[0])
+        turned = float(_held_out_by_capture(one, "similarity", shift, checkerboard(level.centres))[0])
         if turned > support * _KIND_GAIN:
             correction = maximise_votes([surfaces], level.centres, "similarity", shift)
         if not np.array_equal(correction, np.eye(3)):
