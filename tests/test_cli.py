@@ -377,7 +377,7 @@ def test_score_of_folders_pairs_by_name(tmp_path, thin, capsys, suffix):
     assert [name for name, _ in printed] == ["b.png", "c.png", "d.png"]
     assert {name: float(score) for name, score in printed} == pytest.approx(expected, abs=2e-6)
     assert captured.err.splitlines() == [
-        "left out 2 files without a partner (first: a)",
+        "left out, without a partner of that name in the other folder: a and 1 more",
         f"wrote {saved}",
     ]
     if suffix == ".npz":

@@ -22,7 +22,7 @@ class PairList(Sequence[Pair]):
         vis, ir: paths; relative ones are relative to the current folder.
         names: of the pairs; None takes the file names of `vis` without their extensions, with the row in
             front where these are not unique.
-        alone: how many files had no partner.
+        alone: names of files that had no partner.
 
     Raises:
         DataError: lists of different lengths, a name twice, or one that cannot be a file's name.
@@ -34,7 +34,7 @@ class PairList(Sequence[Pair]):
         ir: Sequence[str | Path],
         names: Sequence[str] | None = None,
         *,
-        alone: int = 0,
+        alone: Sequence[str] = (),
     ) -> None:
         if len(vis) != len(ir) or (names is not None and len(names) != len(vis)):
             counts = [len(vis), len(ir), *([] if names is None else [len(names)])]
@@ -46,7 +46,7 @@ class PairList(Sequence[Pair]):
                 names = [f"{row:0{width}}_{name}" for row, name in enumerate(names)]
         _check_names(names)
         pa = pyarrow()
-        self.alone = alone
+        self.alone = tuple(alone)
         # Columns of Arrow take a fifth of what Python's strings do.
         self._names = pa.array(names, pa.large_string())
         self._vis, self._ir = (
@@ -89,7 +89,7 @@ def pairs_of_folders(vis: str | Path, ir: str | Path) -> PairList:
     """
     paired, alone = files_of_one_name(vis, ir)
     names = [path.stem for path, _ in paired]
-    return PairList([path for path, _ in paired], [path for _, path in paired], names, alone=len(alone))
+    return PairList([path for path, _ in paired], [path for _, path in paired], names, alone=alone)
 
 
 def files_of_one_name(vis: str | Path, ir: str | Path) -> tuple[list[tuple[Path, Path]], list[str]]:

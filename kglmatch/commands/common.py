@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,13 @@ EXIT_FAILED = 1  # a verdict, not a mistake: these images do not fit
 def say(text: str) -> None:
     """Prints a message on stderr; results alone go to stdout."""
     print(text, file=sys.stderr)
+
+
+def say_alone(names: Sequence[str]) -> None:
+    """Says which files of two folders were left out, if any."""
+    if names:
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        say(f"left out, without a partner of that name in the other folder: {names[0]}{others}")
 
 
 def print_json(value: Any) -> None:

@@ -13,6 +13,7 @@ from kglmatch.commands.common import (
     positive_int,
     print_json,
     say,
+    say_alone,
 )
 
 if TYPE_CHECKING:
@@ -107,8 +108,7 @@ def read_pair_list(args: argparse.Namespace) -> PairList:
 
     if args.ir is not None:
         pairs = pairs_of_folders(args.vis, args.ir)
-        if pairs.alone:
-            say(f"left out {pairs.alone} files without a partner")
+        say_alone(pairs.alone)
         return pairs
     if args.vis.is_dir():
         raise DataError(f"{args.vis} alone holds no pairs: give a second folder, or a .csv or .parquet list")

@@ -17,6 +17,7 @@ from kglmatch.commands.common import (
     output_path,
     print_json,
     say,
+    say_alone,
 )
 from kglmatch.errors import DataError, OutputError, PatchError
 
@@ -138,8 +139,7 @@ def _pairs_of_folders(vis: Path, ir: Path) -> list[tuple[Path, Path]]:
     from kglmatch.batch.pairs import files_of_one_name
 
     paired, alone = files_of_one_name(vis, ir)
-    if alone:
-        say(f"left out {len(alone)} files without a partner (first: {alone[0]})")
+    say_alone(alone)
     return paired
 
 
