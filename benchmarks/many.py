@@ -241,7 +241,7 @@ def ray(args: argparse.Namespace, model: Model, folder: Path) -> None:
     pairs = pairs_of_folders(*write_pairs(folder / "data", args.pairs, args.side))
     options = {"max_keypoints": args.keypoints}
     tasks = [pairs[i : i + 8] for i in range(0, len(pairs), 8)]  # as `run_match` hands them out
-    cluster.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    cluster.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     ratios = []
     for _ in range(args.rounds):
         plain = plain_processes(model, pairs, options)

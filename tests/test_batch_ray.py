@@ -51,7 +51,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def end(process: subprocess.Popen) -> None:
+def end(process: subprocess.Popen, address: str) -> None:
     """Ends the cluster that a process holds. `ray stop` would end every one on the machine."""
     process.terminate()  # it takes down what it started, but waits for long
     try:
@@ -62,6 +62,11 @@ def end(process: subprocess.Popen) -> None:
     for pid in processes_of_cluster():
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    # Where Ray notes the cluster of this machine, which it would try to reach.
+    note = Path("/tmp/ray/ray_current_cluster")
+    with suppress(OSError):
+        if note.read_text().strip().endswith(address[address.rindex(":") :]):
+            note.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +96,7 @@ def cluster(tmp_path_factory) -> Iterator[None]:
                 ray.shutdown()
                 return
             finally:
-                end(process)
+                end(process, address)
     pytest.skip(f"no Ray cluster comes up here: {log.read_text()[-300:]}")
 
 
