@@ -57,7 +57,12 @@ def resize_between(image: Image, resized: Image) -> NDArray[np.float64]:
 
 
 def resample(
-    image: Image, transform: NDArray[np.float64], size: tuple[int, int], *, edge: int
+    image: Image,
+    transform: NDArray[np.float64],
+    size: tuple[int, int],
+    *,
+    edge: int,
+    valid: NDArray[np.bool_] | None = None,
 ) -> tuple[Image, NDArray[np.float32]]:
     """An image (H, W) in another frame, and where that frame is covered by it (1) or not (0).
 
@@ -65,11 +70,15 @@ def resample(
         transform: (3, 3) from the frame to the image's pixels.
         size: (width, height) of the frame.
         edge: pixels along the image's border that do not count.
+        valid: the pixels that count, of the image or of a larger copy of it; None for all.
     """
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     moved = cv2.warpPerspective(image, transform, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
     inside = np.zeros(image.shape, np.float32)
     inside[edge:-edge, edge:-edge] = 1
+    if valid is not None:
+        share = cv2.resize(valid.astype(np.float32), inside.shape[::-1], interpolation=cv2.INTER_AREA)
+        inside *= share > 0.99
     covered = cv2.warpPerspective(inside, transform, size, flags=flags) > 0.99
     mask = cv2.erode(covered.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=0)
     return moved, mask.astype(np.float32)

@@ -363,7 +363,8 @@ def refine_capture(vis: Image, ir: Image, transform: Matrix) -> Matrix | None:
     """
     best: Matrix | None = None
     for side, search in ((FIRST_SIDE, _WIDE), (pyramid(max(vis.shape))[-1], _FINE)):
-        level = make_level(vis, ir, transform if best is None else best, side, **search)
+        start = transform if best is None else best
+        level = make_level(vis, ir, start, side, radius=search["radius"], across=search["across"])
         if level is None:
             continue
         surfaces = smooth(level.surfaces, 0.7)

@@ -22,6 +22,7 @@ from kglmatch.geometry import transform_points
 from kglmatch.options import DEFAULT_KIND, TransformKind
 from kglmatch.registration.coarse import search
 from kglmatch.registration.limits import Limits
+from kglmatch.registration.masks import Masks, clear_of_edges
 from kglmatch.registration.structure import EDGE, correlate_windows, structure_maps, without_edge
 from kglmatch.registration.surfaces import (
     expand,
@@ -102,12 +103,13 @@ class Alignment:
     num_matches: int = 0
 
 
-def align(vis: Image, ir: Image, limits: Limits) -> list[Alignment]:
+def align(vis: Image, ir: Image, limits: Limits, masks: Masks | None = None) -> list[Alignment]:
     """Finds transforms from a visible image to another sensor's, without a prior but the limits.
 
     Args:
         vis, ir: (H, W) float32 grey in [0, 1]; sizes may differ.
         limits: the kind of transform, and how far the images may be apart.
+        masks: the pixels that count; None for all.
 
     Returns:
         alternatives, the best supported first; empty if the images hold too little structure, or
@@ -116,10 +118,10 @@ def align(vis: Image, ir: Image, limits: Limits) -> list[Alignment]:
     kind = limits.kind
     if kind == "translation":
         limits = dataclasses.replace(limits, max_rotation=0.0, max_scale=1.0)
-    starts = search(vis, ir, limits)
+    starts = search(vis, ir, limits, masks)
     refined: list[tuple[float, Matrix]] = []
     for start in starts:
-        level = make_level(vis, ir, start, FIRST_SIDE, radius=10, across=9)
+        level = make_level(vis, ir, start, FIRST_SIDE, radius=10, across=9, masks=masks)
         if level is None:
             continue
         correction, vote = _fit(level, steps_to(kind), (2.0, 1.0))
@@ -130,7 +132,7 @@ def align(vis: Image, ir: Image, limits: Limits) -> list[Alignment]:
     for _, transform in refined:
         if any(same_place(transform, other.transform, vis.shape) for other in alternatives):
             continue
-        alignment = refine(vis, ir, transform, kind=kind)
+        alignment = refine(vis, ir, transform, kind=kind, masks=masks)
         if alignment is not None and not any(
             same_place(alignment.transform, other.transform, vis.shape) for other in alternatives
         ):
@@ -139,7 +141,13 @@ def align(vis: Image, ir: Image, limits: Limits) -> list[Alignment]:
 
 
 def refine(
-    vis: Image, ir: Image, start: Matrix, *, kind: str = DEFAULT_KIND, first_radius: int = 10
+    vis: Image,
+    ir: Image,
+    start: Matrix,
+    *,
+    kind: str = DEFAULT_KIND,
+    first_radius: int = 10,
+    masks: Masks | None = None,
 ) -> Alignment | None:
     """Refines a transform that is right to about a hundredth of the image's size.
 
@@ -148,6 +156,7 @@ def refine(
         start: (3, 3) from visible to ir pixels.
         kind: as in `Limits`.
         first_radius: pixels at a width of 256 that the start may be wrong by.
+        masks: the pixels that count; None for all.
 
     Returns:
         the alignment, or None if fewer than 8 windows are covered by both images.
@@ -158,7 +167,7 @@ def refine(
     kinds = steps_to(kind)
     for depth, side in enumerate(sides):
         radius, across = (first_radius, 9) if depth == 0 else (8, 12) if depth == 1 else (6, 14)
-        level = make_level(vis, ir, transform, side, radius=radius, across=across)
+        level = make_level(vis, ir, transform, side, radius=radius, across=across, masks=masks)
         if level is None:
             return None
         levels.append(level)
@@ -222,7 +231,9 @@ class Field:
     alignment: Alignment
 
 
-def displacement_field(vis: Image, ir: Image, max_displacement: float) -> Field | None:
+def displacement_field(
+    vis: Image, ir: Image, max_displacement: float, masks: Masks | None = None
+) -> Field | None:
     """How far the content of two images of one size is apart, point by point.
 
     First a transform is fitted; then each window is looked for near the place that it predicts, and
@@ -231,20 +242,21 @@ def displacement_field(vis: Image, ir: Image, max_displacement: float) -> Field 
     Args:
         vis, ir: (H, W) float32 grey, of one size.
         max_displacement: pixels.
+        masks: the pixels that count; None for all.
 
     Returns:
         the field, or None where the images hold too little structure.
     """
     factor = shrinking(vis, FIRST_SIDE, _LEAST_SIDE)
     radius = int(np.clip(np.ceil(max_displacement * factor) + 2, 4, 24))
-    alignment = refine(vis, ir, np.eye(3), kind="affine", first_radius=radius)
+    alignment = refine(vis, ir, np.eye(3), kind="affine", first_radius=radius, masks=masks)
     if alignment is None:
         return None
     best: tuple[Level, Matrix, Matrix] | None = None
     best_share = -1.0
     # A noisy sensor is clear in wide windows only: from fine to coarse, until enough can be judged.
     for side in reversed(pyramid(max(vis.shape))):
-        level = make_level(vis, ir, alignment.transform, side, radius=6, across=14)
+        level = make_level(vis, ir, alignment.transform, side, radius=6, across=14, masks=masks)
         if level is None:
             continue
         at, height = peaks(smooth(level.surfaces, 0.7))
@@ -284,7 +296,14 @@ def _median_of_neighbours(points: Matrix, values: Matrix, weights: Matrix, count
 
 
 def make_level(
-    vis: Image, ir: Image, transform: Matrix, side: int, *, radius: int, across: int
+    vis: Image,
+    ir: Image,
+    transform: Matrix,
+    side: int,
+    *,
+    radius: int,
+    across: int,
+    masks: Masks | None = None,
 ) -> Level | None:
     """Correlates windows of the visible image with the other one, resampled by a transform.
 
@@ -292,6 +311,7 @@ def make_level(
         side: width or height, whichever is larger, that the visible image is shrunk to.
         radius: displacements searched, pixels at this resolution.
         across: windows along the longer side.
+        masks: the pixels that count; None for all.
 
     Returns:
         the level, or None if fewer than 8 windows are covered by both images.
@@ -305,15 +325,21 @@ def make_level(
     to_small_ir = resize_between(ir, small_ir)
     size = small_vis.shape[1], small_vis.shape[0]
     predicted = transform @ np.linalg.inv(to_level)
-    moved, mask = resample(small_ir, to_small_ir @ predicted, size, edge=EDGE)
+    valid_ir = None if masks is None else masks.ir
+    moved, mask = resample(small_ir, to_small_ir @ predicted, size, edge=EDGE, valid=valid_ir)
+    maps = without_edge(structure_maps(small_vis))
+    both = mask
+    if masks is not None:
+        valid_vis = clear_of_edges(masks.vis, small_vis.shape)
+        maps, both = maps * valid_vis, mask * valid_vis
     window = 64 if min(size) >= 2 * 64 else 32
     centres = _grid(size, max(size) / across, window // 2 - 8)
-    covered = cv2.blur(mask, (window, window))[centres[:, 1], centres[:, 0]] > _COVERED
+    covered = cv2.blur(both, (window, window))[centres[:, 1], centres[:, 0]] > _COVERED
     centres = centres[covered]
     if len(centres) < _MIN_WINDOWS:
         return None
     surfaces = correlate_windows(
-        without_edge(structure_maps(small_vis)),
+        maps,
         structure_maps(moved) * mask,
         centres,
         size=window,

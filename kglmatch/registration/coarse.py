@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from kglmatch.geometry import similarity_about
 from kglmatch.registration.limits import SAME_SCALE, Limits, nominal_scales
+from kglmatch.registration.masks import Masks, clear_of_edges
 from kglmatch.registration.structure import GlobalCorrelator, structure_maps, without_edge
 from kglmatch.resampling import resample, resize_between, shrink, shrinking
 
@@ -22,18 +23,19 @@ _HYPOTHESES = 3
 _HALVINGS = 3  # of the grid's steps around each hypothesis
 
 
-def search(vis: Image, ir: Image, limits: Limits) -> list[Matrix]:
+def search(vis: Image, ir: Image, limits: Limits, masks: Masks | None = None) -> list[Matrix]:
     """The best supported similarities of a grid over rotation and scale.
 
     Args:
         vis, ir: (H, W) float32 grey; sizes may differ.
         limits: what is searched.
+        masks: the pixels that count; None for all.
 
     Returns:
         (3, 3) each, from visible to ir pixels, at most three, the best supported first.
     """
     scales = [float(np.log(scale)) for scale in nominal_scales(vis, ir)]
-    correlation = _Correlation(vis, ir, scales, limits.max_displacement)
+    correlation = _Correlation(vis, ir, scales, limits.max_displacement, masks)
     rotations = _steps(limits.max_rotation, _ROTATION)
     steps = _steps(float(np.log(limits.max_scale)), _SCALE)
     log_scales = sorted({nominal + step for nominal in scales for step in steps})
@@ -50,16 +52,27 @@ class _Correlation:
         vis, ir: (H, W).
         nominal: log scales that the images may have; the ir image is shrunk for each.
         max_displacement: pixels of the visible image, or None.
+        masks: the pixels that count; None for all.
     """
 
-    def __init__(self, vis: Image, ir: Image, nominal: list[float], max_displacement: float | None) -> None:
+    def __init__(
+        self,
+        vis: Image,
+        ir: Image,
+        nominal: list[float],
+        max_displacement: float | None,
+        masks: Masks | None = None,
+    ) -> None:
         factor = shrinking(vis, _SIDE, _LEAST_SIDE)
         small = shrink(vis, factor)
         self._ir = ir
+        self._valid_ir = None if masks is None else masks.ir
         self._nominal = nominal
         self._size = small.shape[1], small.shape[0]
         self._to_small_vis = resize_between(vis, small)
-        self._correlator = GlobalCorrelator(without_edge(structure_maps(small, even=False)))
+        maps = without_edge(structure_maps(small, even=False))
+        valid = None if masks is None else clear_of_edges(masks.vis, small.shape)
+        self._correlator = GlobalCorrelator(maps, valid)
         # In each case the other image is shrunk to pixels as large as the visible one's.
         self._small_irs = {n: shrink(ir, factor / float(np.exp(n))) for n in nominal}
         self._max_shift = None if max_displacement is None else max(1.0, max_displacement * factor)
@@ -87,7 +100,7 @@ class _Correlation:
         centre_ir = (small_ir.shape[1] - 1) / 2, (small_ir.shape[0] - 1) / 2
         scale = float(np.exp(log_scale)) * to_small_ir[0, 0] / self._to_small_vis[0, 0]
         turn = similarity_about(rotation, scale, centre_vis, centre_ir)
-        moved, mask = resample(small_ir, turn, self._size, edge=2)
+        moved, mask = resample(small_ir, turn, self._size, edge=2, valid=self._valid_ir)
         found, dx, dy = self._correlator.best_shift(
             structure_maps(moved, even=False) * mask, mask, min_overlap=_OVERLAP, max_shift=self._max_shift
         )

@@ -15,11 +15,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from kglmatch.features import Features
 from kglmatch.geometry import fit_robustly, transform_points
 from kglmatch.options import TransformKind
 from kglmatch.patch_matcher import PatchMatcher
 from kglmatch.registration.align import LEAST_SUPPORT, Alignment, refine
 from kglmatch.registration.limits import Limits, nominal_scales, within_limits
+from kglmatch.registration.masks import Masks
 from kglmatch.resampling import enlarge, resize_between, shrink
 
 Image = NDArray[np.float32]
@@ -38,13 +40,16 @@ _KEPT = 0.8  # of the matches: if structure loses more of them, it went astray
 _REFINED_RADIUS = 5  # pixels at a width of 256
 
 
-def align_by_matches(matcher: PatchMatcher, vis: Image, ir: Image, limits: Limits) -> Alignment | None:
+def align_by_matches(
+    matcher: PatchMatcher, vis: Image, ir: Image, limits: Limits, masks: Masks | None = None
+) -> Alignment | None:
     """The transform that most matched keypoints agree with.
 
     Args:
         matcher: describes and matches the patches.
         vis, ir: (H, W) float32 grey in [0, 1]; sizes may differ.
         limits: as for `registration.align`; kind "auto" fits a similarity to the matches.
+        masks: the pixels that count; None for all.
 
     Returns:
         the alignment, with `num_matches` set; None where fewer than 10 matches agree, or what they agree on
@@ -56,7 +61,7 @@ def align_by_matches(matcher: PatchMatcher, vis: Image, ir: Image, limits: Limit
     found = [
         consensus
         for scale in scales
-        if (consensus := _match(matcher, vis, ir, scale, upright, kind == "translation")) is not None
+        if (consensus := _match(matcher, vis, ir, scale, upright, kind == "translation", masks)) is not None
         and within_limits(consensus.transform, vis, ir, limits)
     ]
     if not found:
@@ -70,7 +75,7 @@ def align_by_matches(matcher: PatchMatcher, vis: Image, ir: Image, limits: Limit
         wanted, best.points_vis, best.points_ir, best.transform, (_TOLERANCE * side, _NEAR * side)
     )
     near = best.agreeing(transform, _NEAR)
-    alignment = refine(vis, ir, transform, kind=kind, first_radius=_REFINED_RADIUS)
+    alignment = refine(vis, ir, transform, kind=kind, first_radius=_REFINED_RADIUS, masks=masks)
     if (
         alignment is None
         or alignment.support < LEAST_SUPPORT
@@ -108,7 +113,13 @@ class _Consensus:
 
 
 def _match(
-    matcher: PatchMatcher, vis: Image, ir: Image, scale: float, upright: bool, translation: bool
+    matcher: PatchMatcher,
+    vis: Image,
+    ir: Image,
+    scale: float,
+    upright: bool,
+    translation: bool,
+    masks: Masks | None,
 ) -> _Consensus | None:
     """Matches images of which a visible pixel is as wide as `scale` ir pixels."""
     factor = min(1.0, _SIDE / max(vis.shape), _SIDE * scale / max(ir.shape), _MAX_ENLARGED * scale)
@@ -117,6 +128,9 @@ def _match(
         return None
     features_vis = matcher.extract(small_vis, "vis", max_keypoints=_KEYPOINTS, upright=upright)
     features_ir = matcher.extract(small_ir, "ir", max_keypoints=_KEYPOINTS, upright=upright)
+    if masks is not None:
+        features_vis = with_data(features_vis, masks.vis)
+        features_ir = with_data(features_ir, masks.ir)
     matches = matcher.match(features_vis, features_ir, top_k=1)  # more make no more matches here, but cost
     if matches.keypoints_vis is None or matches.keypoints_ir is None or len(matches) < LEAST:
         return None
@@ -126,6 +140,16 @@ def _match(
     estimate = _most_common_shift if translation else _similarity
     transform = estimate(points_vis, points_ir, scale, _TOLERANCE * side)
     return None if transform is None else _Consensus(points_vis, points_ir, transform, side)
+
+
+def with_data(features: Features, valid: NDArray[np.bool_]) -> Features:
+    """The features whose keypoints are on valid pixels of an image, or of a larger copy of it."""
+    if features.keypoints is None or features.image_size is None:
+        return features
+    factors = np.array(valid.shape[::-1]) / np.array(features.image_size)
+    at = np.floor((features.keypoints + 0.5) * factors).astype(np.int64)
+    x, y = np.clip(at, 0, np.array(valid.shape[::-1]) - 1).T
+    return features[valid[y, x]]
 
 
 def _similarity(vis: Matrix, ir: Matrix, scale: float, tolerance: float) -> Matrix | None:

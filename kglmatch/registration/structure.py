@@ -115,13 +115,17 @@ class GlobalCorrelator:
 
     Args:
         maps: (K, H, W) structure maps of the fixed image.
+        mask: (H, W), 1 where its pixels count; None for all.
     """
 
-    def __init__(self, maps: Maps) -> None:
+    def __init__(self, maps: Maps, mask: NDArray[np.float32] | None = None) -> None:
         _, height, width = maps.shape
         self._size = tuple(cv2.getOptimalDFTSize(int(1.5 * side)) for side in (height, width))
-        self._area = height * width
-        mask = np.ones((height, width), np.float32)
+        if mask is None:
+            mask = np.ones((height, width), np.float32)
+        else:
+            maps = maps * mask
+        self._area = float(mask.sum())
         self._maps = self._spectrum(maps)
         self._mask = self._spectrum(mask)
         self._energy = self._spectrum(np.square(maps).sum(axis=0))

@@ -34,6 +34,7 @@ from kglmatch.registration.align import (
 )
 from kglmatch.registration.from_matches import LEAST, align_by_matches
 from kglmatch.registration.limits import Limits, within_limits
+from kglmatch.registration.masks import Masks
 from kglmatch.registration.proposals import Proposal, Proposer, candidates, is_usable, propose
 from kglmatch.registration.results import (
     OURS,
@@ -108,11 +109,16 @@ def give_verdict(support: float, agreed: float, num_matches: int = 0) -> Verdict
 
 
 def register(
-    matcher: PatchMatcher, vis: Image, ir: Image, limits: Limits, proposers: Sequence[Proposer] = ()
+    matcher: PatchMatcher,
+    vis: Image,
+    ir: Image,
+    limits: Limits,
+    proposers: Sequence[Proposer] = (),
+    masks: Masks | None = None,
 ) -> Registration:
-    """`Matcher.register` on grey images (H, W) in [0, 1]."""
+    """`Matcher.register` on grey images (H, W) in [0, 1], of the pixels that count if not all do."""
     proposals, errors = propose(proposers, vis, ir)
-    found = choose(matcher, vis, ir, align(vis, ir, limits), limits, proposals)
+    found = choose(matcher, vis, ir, align(vis, ir, limits, masks), limits, proposals, masks)
     return dataclasses.replace(found, errors=errors) if errors else found
 
 
@@ -123,17 +129,18 @@ def choose(
     alternatives: Sequence[Alignment],
     limits: Limits,
     proposals: Sequence[Proposal] = (),
+    masks: Masks | None = None,
 ) -> Registration:
     """The registration that holds best, of what `align` found within the limits and others propose."""
-    judged = [judge(matcher, vis, ir, alignment) for alignment in alternatives[:_ALTERNATIVES]]
+    judged = [judge(matcher, vis, ir, alignment, masks=masks) for alignment in alternatives[:_ALTERNATIVES]]
     for proposal in proposals:
-        found = judge_proposal(matcher, vis, ir, proposal, limits, judged)
+        found = judge_proposal(matcher, vis, ir, proposal, limits, judged, masks)
         judged += [] if found is None else [found]
     if not any(r.verdict == "registered" for r in judged):
         # Costs as much again, and is seldom needed.
-        by_matches = align_by_matches(matcher, vis, ir, limits)
+        by_matches = align_by_matches(matcher, vis, ir, limits, masks)
         if by_matches is not None:
-            judged.append(judge(matcher, vis, ir, by_matches))
+            judged.append(judge(matcher, vis, ir, by_matches, masks=masks))
     return max(judged, key=lambda r: r.confidence) if judged else nothing_found(vis, ir)
 
 
@@ -144,11 +151,13 @@ def judge_proposal(
     proposal: Proposal,
     limits: Limits,
     known: Sequence[Registration] = (),
+    masks: Masks | None = None,
 ) -> Registration | None:
     """Refines a proposal and judges it, as what `align` finds.
 
     Args:
         known: registrations that it is not judged again for, where it is refined to one of them.
+        masks: the pixels that count; None for all.
 
     Returns:
         the registration; None where the proposal stands for no transform within the limits, too little of the
@@ -160,36 +169,71 @@ def judge_proposal(
         if is_usable(transform, vis, ir) and within_limits(transform, vis, ir, limits)
     ]
     start = best_start(vis, ir, starts)
-    alignment = None if start is None else refine(vis, ir, start, kind=limits.kind)
+    alignment = None if start is None else refine(vis, ir, start, kind=limits.kind, masks=masks)
     if alignment is None:
         return None
     size = (vis.shape[1], vis.shape[0])
     for other in known:
         if other.transform is not None and corner_error(alignment.transform, other.transform, size) < _ALIKE:
             return None
-    return judge(matcher, vis, ir, alignment, proposal.name)
+    return judge(matcher, vis, ir, alignment, proposal.name, masks)
 
 
 def judge(
-    matcher: PatchMatcher, vis: Image, ir: Image, alignment: Alignment, proposer: str = OURS
+    matcher: PatchMatcher,
+    vis: Image,
+    ir: Image,
+    alignment: Alignment,
+    proposer: str = OURS,
+    masks: Masks | None = None,
 ) -> Registration:
     """Lets the network compare patches that an alignment places at the same spot."""
     size = matcher.config.patch_size
     height, width = vis.shape
     moved = warp_image(ir, alignment.transform, (width, height), interpolation="linear")
-    covered = covered_by(alignment.transform, (width, height), np.ones(ir.shape, bool))
+    valid = np.ones(ir.shape, bool) if masks is None else masks.ir
+    covered = covered_by(alignment.transform, (width, height), valid)
+    if masks is not None:
+        covered &= masks.vis
     half = size // 2
     whole = cv2.erode(covered.astype(np.uint8), np.ones((size, size), np.uint8), borderValue=0)
     places = np.rint(alignment.points_vis).astype(np.int64)
     x, y = places.T
     inside = (x >= half) & (y >= half) & (x <= width - half) & (y <= height - half)
-    rows = np.flatnonzero(inside & (whole[y.clip(0, height - 1), x.clip(0, width - 1)] > 0))
-    rows = rows[np.unique(np.linspace(0, max(len(rows) - 1, 0), min(len(rows), _PLACES)).astype(int))]
-    scores, agreed = np.zeros(len(places), np.float32), 0.5
+    rows = spread(np.flatnonzero(inside & (whole[y.clip(0, height - 1), x.clip(0, width - 1)] > 0)))
+    at = places[rows].astype(np.float32)
+    patches = tuple(extract_patches(image, at, patch_size=size) for image in (vis, moved))
+    sizes = (width, height), (ir.shape[1], ir.shape[0])
+    return judge_patches(matcher, alignment, rows, *patches, *sizes, proposer)
+
+
+def spread(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """As many of the rows as the network looks at, evenly chosen."""
+    return rows[np.unique(np.linspace(0, max(len(rows) - 1, 0), min(len(rows), _PLACES)).astype(int))]
+
+
+def judge_patches(
+    matcher: PatchMatcher,
+    alignment: Alignment,
+    rows: NDArray[np.int64],
+    patches_vis: NDArray[np.float32],
+    patches_ir: NDArray[np.float32],
+    vis_size: tuple[int, int],
+    ir_size: tuple[int, int],
+    proposer: str = OURS,
+) -> Registration:
+    """`judge` on patches that are cut already.
+
+    Args:
+        rows: (R,) places of the alignment.
+        patches_vis, patches_ir: (R, 64, 64) float32 around them, the ir image warped onto the visible one.
+        vis_size, ir_size: (width, height) of the images.
+        proposer: what found the alignment.
+    """
+    scores, agreed = np.zeros(len(alignment.points_vis), np.float32), 0.5
     if len(rows) > 1:
-        at = places[rows].astype(np.float32)
-        features_vis = matcher.describe(extract_patches(vis, at, patch_size=size), "vis")
-        features_ir = matcher.describe(extract_patches(moved, at, patch_size=size), "ir")
+        features_vis = matcher.describe(patches_vis, "vis")
+        features_ir = matcher.describe(patches_ir, "ir")
         scores[rows] = matcher.score(features_vis, features_ir)
         cosine = to_numpy(features_vis.descriptors) @ to_numpy(features_ir.descriptors).T
         agreed = agreement(distance_from_cosine(cosine))
@@ -208,8 +252,8 @@ def judge(
         support=alignment.support,
         agreement=agreed,
         num_matches=alignment.num_matches,
-        vis_size=(width, height),
-        ir_size=(ir.shape[1], ir.shape[0]),
+        vis_size=vis_size,
+        ir_size=ir_size,
         proposer=proposer,
     )
 
@@ -236,8 +280,10 @@ def nothing_found(vis: Image, ir: Image, proposer: str = OURS) -> Registration:
     )
 
 
-def check(matcher: PatchMatcher, vis: Image, ir: Image, *, max_displacement: float) -> RegistrationCheck:
-    """`Matcher.check` on grey images (H, W) in [0, 1]."""
+def check(
+    matcher: PatchMatcher, vis: Image, ir: Image, *, max_displacement: float, masks: Masks | None = None
+) -> RegistrationCheck:
+    """`Matcher.check` on grey images (H, W) in [0, 1], of the pixels that count if not all do."""
     least, most = CHECK_DISPLACEMENTS
     if not least <= max_displacement <= most:
         raise KGLMatchError(
@@ -246,8 +292,11 @@ def check(matcher: PatchMatcher, vis: Image, ir: Image, *, max_displacement: flo
     if vis.shape != ir.shape:
         sizes = " and ".join(f"{image.shape[1]} x {image.shape[0]}" for image in (vis, ir))
         raise ImageError(f"check needs images of one size, got {sizes}; register takes any two")
-    field = displacement_field(vis, ir, max_displacement)
-    registration = nothing_found(vis, ir) if field is None else judge(matcher, vis, ir, field.alignment)
+    field = displacement_field(vis, ir, max_displacement, masks)
+    if field is None:
+        registration = nothing_found(vis, ir)
+    else:
+        registration = judge(matcher, vis, ir, field.alignment, masks=masks)
     size = (vis.shape[1], vis.shape[0])
     if field is None or not field.judged.any() or registration.verdict == "failed":
         points = np.empty((0, 2)) if field is None else field.points
