@@ -168,6 +168,18 @@ def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
             _remove(temporary)
 
 
+def split_band(name: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """A file and its band: "image.tif:B08" -> ("image.tif", "B08"); None without a band.
+
+    A file that has a colon in its own name is itself.
+    """
+    text = os.fspath(name)
+    head, colon, tail = text.rpartition(":")
+    if not colon or not tail or "/" in tail or "\\" in tail or Path(text).exists():
+        return text, None
+    return (head, tail) if Path(head).exists() or head.startswith("/vsi") else (text, None)
+
+
 def check_output(path: str | os.PathLike[str]) -> None:
     """Raises `OutputError` where `atomic_output` would, before hours of work; leaves nothing behind."""
     _, temporary = _begin(path)

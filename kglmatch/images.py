@@ -102,6 +102,17 @@ def load_image(
             of axes or channels or a type that is no pixel type; no pixel with data; `stretch=False`
             with values outside the range.
     """
+    return load_masked(source, stretch=stretch, percentiles=percentiles, nodata=nodata)[0]
+
+
+def load_masked(
+    source: Any,
+    *,
+    stretch: Literal["auto"] | bool = "auto",
+    percentiles: tuple[float, float] = PERCENTILES,
+    nodata: float | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`load_image`, and which pixels hold data: (H, W) bool, or None where all do."""
     if stretch != "auto" and not isinstance(stretch, bool):
         raise ImageError(f'stretch must be "auto", True or False, got {stretch!r}')
     if nodata is not None and not is_number(nodata):
@@ -151,9 +162,10 @@ def load_image(
     else:
         bottom, top = 0.0, 1.0 if kind in "bf" else float(np.iinfo(dtype).max)
     result = _scaled(grey, bottom, top)
-    if valid is not None:
-        result[~valid] = 0
-    return result
+    if valid is None:
+        return result, None
+    result[~valid] = 0
+    return result, np.asarray(valid)
 
 
 def read_image_raw(path: str | os.PathLike[str]) -> np.ndarray:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kglmatch.backends.base import Backend, Providers
 from kglmatch.errors import BackendError, KGLMatchError
 from kglmatch.files import atomic_outputs
@@ -30,6 +32,7 @@ from kglmatch.options import (
 )
 from kglmatch.patch_matcher import PatchMatcher
 from kglmatch.registration.limits import Limits
+from kglmatch.registration.masks import Masks, fill
 from kglmatch.registration.proposals import Proposer, read_proposal
 from kglmatch.registration.results import BandRegistration, Registration, RegistrationCheck
 from kglmatch.registration.verdict import check, register, register_stack
@@ -281,7 +284,8 @@ class Matcher(PatchMatcher):
         pixel; the network judges what was found. See `kglmatch.registration`.
 
         Args:
-            vis, ir: images, as for `extract`; sizes and resolutions may differ.
+            vis, ir: images, as for `extract`; sizes and resolutions may differ. Pixels that are NaN or masked
+                (numpy's masked arrays) do not count.
             kind: "translation", "similarity", "affine", "homography", or "auto": the simplest
                 that no other clearly beats.
             max_displacement: pixels that the middle of the image may be moved by; None for any shift
@@ -302,7 +306,8 @@ class Matcher(PatchMatcher):
             KGLMatchError: a parameter out of range, or a proposer that cannot be called.
         """
         limits = Limits(kind, max_displacement, max_rotation, max_scale)
-        return register(self, self.load(vis), self.load(ir), limits, proposers)
+        images, masks = self._load_pair(vis, ir)
+        return register(self, *images, limits, proposers, masks)
 
     def verify(
         self, vis: Any, ir: Any, transform: Any, *, kind: str = DEFAULT_KIND, refine: bool = False
@@ -351,7 +356,19 @@ class Matcher(PatchMatcher):
             ImageError: unreadable, smaller than a patch, or of different sizes.
             KGLMatchError: a parameter out of range.
         """
-        return check(self, self.load(vis), self.load(ir), max_displacement=max_displacement)
+        images, masks = self._load_pair(vis, ir)
+        return check(self, *images, max_displacement=max_displacement, masks=masks)
+
+    def _load_pair(self, vis: Any, ir: Any) -> tuple[tuple[Any, Any], Masks | None]:
+        """Two images, grey, and which pixels hold data; None where all do."""
+        (vis_grey, vis_valid), (ir_grey, ir_valid) = (self.load_masked(image) for image in (vis, ir))
+        if vis_valid is None and ir_valid is None:
+            return (vis_grey, ir_grey), None
+        masks = Masks(
+            np.ones(vis_grey.shape, bool) if vis_valid is None else vis_valid,
+            np.ones(ir_grey.shape, bool) if ir_valid is None else ir_valid,
+        )
+        return (fill(vis_grey, masks.vis), fill(ir_grey, masks.ir)), masks
 
     def register_stack(
         self,

@@ -37,6 +37,12 @@ CHECK_DISPLACEMENTS = (1.0, 64.0)  # that may be asked for
 VERIFY_TOLERANCE = 3.0
 # Proposers that the command line knows by name, see `kglmatch.proposers`.
 PROPOSERS = ("sift", "akaze", "orb")
+# Two rasters on one map are nearly aligned already.
+DEFAULT_MAP_ROTATION = 2.0
+DEFAULT_MAP_SCALE = 1.02
+# How `register` resamples rasters, by GDAL.
+RESAMPLINGS = ("cubic", "bilinear", "nearest", "lanczos", "average", "mode")
+DEFAULT_RESAMPLING = "cubic"
 # The bands of a rig are mounted side by side.
 DEFAULT_BAND_ROTATION = 5.0
 DEFAULT_BAND_SCALE = 1.1

@@ -27,7 +27,7 @@ from kglmatch.features import (
 )
 from kglmatch.fusion import fuse
 from kglmatch.geometry import estimate_homography
-from kglmatch.images import load_image
+from kglmatch.images import load_masked
 from kglmatch.keypoints import detect_keypoints, gradient_directions
 from kglmatch.matching import (
     CHUNK,
@@ -242,8 +242,9 @@ class PatchMatcher:
         check_modality(modality)
         if keypoints is not None:
             keypoints = check_keypoints(keypoints)
-        grey = self.load(image, f"the {modality} image")
+        grey, valid = self.load_masked(image, f"the {modality} image")
         height, width = grey.shape
+        detected = keypoints is None
         keypoints, patches = cut_patches(
             grey,
             modality,
@@ -253,6 +254,10 @@ class PatchMatcher:
             max_keypoints=max_keypoints,
             upright=upright,
         )
+        if detected and valid is not None:
+            x, y = np.rint(keypoints).astype(np.int64).T
+            kept = valid[y.clip(0, height - 1), x.clip(0, width - 1)]
+            keypoints, patches = keypoints[kept], patches[kept]
         return self.describe(patches, modality, maps=maps, keypoints=keypoints, image_size=(width, height))
 
     def extract_pair(
@@ -409,9 +414,15 @@ class PatchMatcher:
         Raises:
             ImageError: unreadable, or smaller than a patch.
         """
-        grey = load_image(image)
+        return self.load_masked(image, name)[0]
+
+    def load_masked(
+        self, image: Any, name: str = "the image"
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+        """`load`, and which pixels hold data: (H, W) bool, or None where all do."""
+        grey, valid = load_masked(image)
         check_image_size(grey, self.config.patch_size, str(image) if isinstance(image, str | Path) else name)
-        return grey
+        return grey, valid
 
     def detector(self, name: str | None) -> str:
         """The detector of that name, or the model's own for None."""

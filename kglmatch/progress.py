@@ -21,12 +21,14 @@ def steps(items: Iterable[T], what: str, *, show: bool) -> Iterable[T]:
 
 
 @contextmanager
-def counter(what: str, *, total: int | None, done: int, show: bool) -> Iterator[Callable[[int], object]]:
+def counter(
+    what: str, *, total: int | None, done: int, show: bool, unit: str = "pair"
+) -> Iterator[Callable[[int], object]]:
     """Yields a function that takes how many more are done; a bar as in `steps` shows the time left."""
     if not show:
         yield lambda _count: None
         return
     from tqdm import tqdm
 
-    with tqdm(desc=what, total=total, initial=done, leave=False, disable=None, unit="pair") as bar:
+    with tqdm(desc=what, total=total, initial=done, leave=False, disable=None, unit=unit) as bar:
         yield bar.update

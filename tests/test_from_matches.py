@@ -83,7 +83,7 @@ def test_nothing_where_there_is_nothing_to_match(matcher, scene, ir):
 def test_matches_decide_where_structure_fails(matcher, scene, monkeypatch):
     true = similarity_about(0, 1, CENTRE, (120.0, 117.0))
     ir = moved(scene, true)
-    monkeypatch.setattr(judge, "align", lambda vis, ir, limits: [])
+    monkeypatch.setattr(judge, "align", lambda vis, ir, limits, masks: [])
     monkeypatch.setattr(from_matches, "refine", lambda *images, **options: None)  # no windows that fit
     found = matcher.register(scene, ir, kind="translation")
     assert found.verdict == "registered" and found.confidence > 0.5

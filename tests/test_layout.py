@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | IMAGES
     | NETWORK
     | {"datasets", "matcher", "patch_matcher", "registration", "streaming"},
+    "geo": SHARED | DATA | IMAGES | {"matcher", "patch_matcher", "registration"},
     "datasets": SHARED | DATA | IMAGES,
     "evaluation": SHARED | DATA | IMAGES | {"datasets", "matcher", "models"},
     "visualize": SHARED | DATA | IMAGES | {"registration"},

@@ -18,15 +18,25 @@ from kglmatch.commands.common import (
     print_json,
     say,
 )
+from kglmatch.commands.common_rasters import (
+    add_band_options,
+    displacement,
+    files,
+    is_map_pair,
+    load_grey,
+    masked,
+)
 from kglmatch.options import CHECK_DISPLACEMENTS, DEFAULT_CHECK_DISPLACEMENT
 
 if TYPE_CHECKING:
     from kglmatch.registration.results import RegistrationCheck
+    from kglmatch.visualize import Picture
 
 EPILOG = """exit code: 0, or 1 if the verdict is failed: then it is not known how far apart the images are.
 
-example:
+examples:
   kglmatch check scene_vis.png aligned.png -o report.png
+  kglmatch check ortho.tif thermal.tif --max-displacement 60m   (GeoTIFFs on any two grids)
 """
 
 
@@ -57,40 +67,32 @@ def add_parser(subparsers: Any) -> None:
         metavar="R",
         type=_displacement,
         default=DEFAULT_CHECK_DISPLACEMENT,
-        help="pixels, {:g} to {:g}; larger displacements are not found (default: %(default)g)".format(
-            *CHECK_DISPLACEMENTS
-        ),
+        help="pixels, {:g} to {:g}, or metres on the map, such as 60m; larger displacements are not found "
+        "(default: %(default)g)".format(*CHECK_DISPLACEMENTS),
     )
+    how.add_argument(
+        "--nodata",
+        metavar="V",
+        type=number,
+        help="pixel value without data, which does not count (default: what the file says)",
+    )
+    add_band_options(how)
     add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    from kglmatch.errors import ImageError
-    from kglmatch.images import check_image_name, load_image, save_image
+    from kglmatch.images import check_image_name, save_image
 
     if args.output is not None:
         check_image_name(args.output)
-    vis, ir = load_image(args.vis), load_image(args.ir)
-    if vis.shape != ir.shape:
-        raise ImageError(
-            f"{args.vis} is {vis.shape[1]} x {vis.shape[0]}, {args.ir} {ir.shape[1]} x {ir.shape[0]}: "
-            "check needs images of one size that should be aligned; kglmatch register takes any two"
-        )
-    check_outputs({"-o": args.output}, (args.vis, args.ir))
-    matcher = load_matcher(args)
-    from kglmatch.patch_matcher import check_image_size
-
-    for path, image in ((args.vis, vis), (args.ir, ir)):
-        check_image_size(image, matcher.config.patch_size, str(path))
-    began = time.perf_counter()
-    found = matcher.check(vis, ir, max_displacement=args.max_displacement)
-    seconds = time.perf_counter() - began
+    metres = isinstance(args.max_displacement, str)
+    needs = {f"--max-displacement {args.max_displacement}": metres}
+    on_map = is_map_pair(args.vis, args.ir, args.vis_band, args.ir_band, needs)
+    found, picture, device, seconds = (_check_rasters if on_map else _check_images)(args)
     written = []
-    if args.output is not None:
-        from kglmatch.visualize import draw_displacement
-
-        save_image(args.output, draw_displacement(vis, found))
+    if args.output is not None and picture is not None:
+        save_image(args.output, picture)
         written.append(args.output)
     if args.json:
         print_json(
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
                 "vis": str(args.vis),
                 "ir": str(args.ir),
                 "model": args.model,
-                "device": matcher.device,
+                "device": device,
                 **found.to_dict(),
                 "seconds": round(seconds, 3),
                 "written": [str(path) for path in written],
@@ -107,15 +109,71 @@ def run(args: argparse.Namespace) -> int:
     else:
         for line in _lines(found):
             print(line)
-        print(f"{len(found.points)} points, {seconds:.1f} s on {matcher.device}")
+        print(f"{len(found.points)} points, {seconds:.1f} s on {device}")
         for path in written:
             print(f"wrote {path}")
     if found.verdict == "failed":
-        say(f"{args.ir}: its content was not found in {args.vis} within {args.max_displacement:g} px")
+        most = args.max_displacement if metres else f"{args.max_displacement:g} px"
+        say(f"{args.ir}: its content was not found in {args.vis} within {most}")
         return EXIT_FAILED
     if found.verdict == "doubtful":
         say(f"{args.ir}: doubtful whether it shows what {args.vis} shows; look at the images")
     return 0
+
+
+Checked = tuple["RegistrationCheck", "Picture | None", str, float]
+
+
+def _check_images(args: argparse.Namespace) -> Checked:
+    """The check of two images of one size, its picture if it is to be written, device and seconds."""
+    from kglmatch.errors import ImageError
+
+    vis, valid_vis = load_grey(args.vis, args.vis_band, args.nodata)
+    ir, valid_ir = load_grey(args.ir, args.ir_band, args.nodata)
+    if vis.shape != ir.shape:
+        raise ImageError(
+            f"{args.vis} is {vis.shape[1]} x {vis.shape[0]}, {args.ir} {ir.shape[1]} x {ir.shape[0]}: "
+            "check needs images of one size that should be aligned; kglmatch register takes any two"
+        )
+    check_outputs({"-o": args.output}, files(args.vis, args.ir))
+    matcher = load_matcher(args)
+    from kglmatch.patch_matcher import check_image_size
+
+    for path, image in ((args.vis, vis), (args.ir, ir)):
+        check_image_size(image, matcher.config.patch_size, str(path))
+    began = time.perf_counter()
+    found = matcher.check(
+        masked(vis, valid_vis), masked(ir, valid_ir), max_displacement=args.max_displacement
+    )
+    return found, _picture(args, vis, found), matcher.device, time.perf_counter() - began
+
+
+def _check_rasters(args: argparse.Namespace) -> Checked:
+    """`_check_images` of two rasters, of what both cover on the map."""
+    from kglmatch.geo.raster import Raster, gdal_settings
+    from kglmatch.geo.register import check_rasters, common_scene
+
+    check_outputs({"-o": args.output}, files(args.vis, args.ir))
+    with (
+        gdal_settings(),
+        Raster(args.vis, args.vis_band, args.nodata) as vis,
+        Raster(args.ir, args.ir_band, args.nodata) as ir,
+    ):
+        common_scene(vis, ir)
+        matcher = load_matcher(args)
+        began = time.perf_counter()
+        result = check_rasters(matcher, vis, ir, max_displacement=args.max_displacement)
+        seconds = time.perf_counter() - began
+        picture = None if args.output is None else _picture(args, *result.preview(vis))
+    return result.check, picture, matcher.device, seconds
+
+
+def _picture(args: argparse.Namespace, vis: Any, found: RegistrationCheck) -> Picture | None:
+    if args.output is None:
+        return None
+    from kglmatch.visualize import draw_displacement
+
+    return draw_displacement(vis, found)
 
 
 def _lines(found: RegistrationCheck) -> list[str]:
@@ -134,9 +192,9 @@ def _lines(found: RegistrationCheck) -> list[str]:
     ]
 
 
-def _displacement(text: str) -> float:
-    value = number(text)
+def _displacement(text: str) -> float | str:
+    value = displacement(text)
     least, most = CHECK_DISPLACEMENTS
-    if not least <= value <= most:
+    if not isinstance(value, str) and not least <= value <= most:
         raise argparse.ArgumentTypeError(f"expected pixels from {least:g} to {most:g}, got {text!r}")
     return value

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from kglmatch.options import DEFAULT_MODEL, DTYPES
 
 if TYPE_CHECKING:
+    from kglmatch.features import Matches
     from kglmatch.matcher import Matcher
+    from kglmatch.registration.results import Registration
 
 DEVICE_HELP = '"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N" (default: auto)'
 
@@ -180,3 +182,39 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path] = (
             raise OutputError(f"cannot write {option} {path}: it is also {taken[path.resolve()]}")
         taken[path.resolve()] = f"the file of {option}"
         check_output(path)
+
+
+# --- registrations --------------------------------------------------------------------------------
+
+
+def as_matches(found: Registration) -> Matches:
+    """The places of a registration as `Matches`, for drawing; they have no descriptor distance."""
+    import numpy as np
+
+    from kglmatch.features import Matches
+
+    count = len(found.keypoints_vis)
+    rows = np.arange(count, dtype=np.int64)
+    return Matches(
+        np.stack([rows, rows], axis=1),
+        found.scores,
+        np.full(count, np.nan, np.float32),
+        found.keypoints_vis,
+        found.keypoints_ir,
+        found.transform,
+        found.inliers,
+    )
+
+
+def registration_summary(found: Registration) -> str:
+    """What was found, in one line."""
+    from kglmatch.registration.results import OURS
+
+    verdict = f"{found.verdict}, confidence {found.confidence:.2f}"
+    if found.transform is None:
+        return verdict
+    inliers = int(found.inliers.sum())
+    agreed = f"{inliers} of {len(found.inliers)} places agree"
+    residual = f", median residual {found.median_residual:.2f} px" if inliers else ""
+    by = "" if found.proposer == OURS else f", proposed by {found.proposer}"
+    return f"{verdict}: {found.kind}, {agreed}{residual}{by}"

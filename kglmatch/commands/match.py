@@ -19,6 +19,7 @@ from kglmatch.commands.common import (
     print_json,
     say,
 )
+from kglmatch.commands.common_rasters import add_band_options, files, is_map_pair, load_grey, masked
 from kglmatch.options import (
     DECISIONS,
     DEFAULT_MAX_KEYPOINTS,
@@ -28,6 +29,8 @@ from kglmatch.options import (
 )
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from kglmatch.features import Features, Matches
     from kglmatch.matcher import Matcher
 
@@ -111,18 +114,22 @@ def add_parser(subparsers: Any) -> None:
         help="what ranks the candidates: both answers, the metric head, or the descriptors alone, which is "
         "faster (default: what was best on the model's validation data)",
     )
+    rasters = parser.add_argument_group(
+        "rasters",
+        "if VIS and IR are both on the map, IR is matched as it is seen on VIS's grid, in its pixels",
+    )
+    add_band_options(rasters)
     add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    from kglmatch.images import load_image
-
     _check_options(args)
     # Images and outputs first: a mistake there is reported before the model is loaded.
-    vis_image, ir_image = load_image(args.vis), load_image(args.ir)
+    vis_image, ir_image = _read(args)
     check_outputs(
-        {"-o": args.output, "--checkerboard": args.checkerboard, "--save": args.save}, (args.vis, args.ir)
+        {"-o": args.output, "--checkerboard": args.checkerboard, "--save": args.save},
+        files(args.vis, args.ir),
     )
     matcher = load_matcher(args)
     from kglmatch.patch_matcher import check_image_size
@@ -159,6 +166,20 @@ def _check_options(args: argparse.Namespace) -> None:
         check_match_format(args.save)
     if args.dense:
         check_dense(args.max_displacement, args.upright)
+
+
+def _read(args: argparse.Namespace) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Both images, grey, their pixels without data masked; rasters on the map on the pixels of the first."""
+    if not is_map_pair(args.vis, args.ir, args.vis_band, args.ir_band, {}):
+        pairs = ((args.vis, args.vis_band), (args.ir, args.ir_band))
+        vis, ir = (masked(*load_grey(path, band)) for path, band in pairs)
+        return vis, ir
+    from kglmatch.geo.raster import Raster, gdal_settings
+    from kglmatch.geo.register import pair_on_map
+
+    with gdal_settings(), Raster(args.vis, args.vis_band) as first, Raster(args.ir, args.ir_band) as second:
+        vis, valid_vis, ir, valid_ir = pair_on_map(first, second)
+    return masked(vis, valid_vis), masked(ir, valid_ir)
 
 
 def _match(

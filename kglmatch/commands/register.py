@@ -13,29 +13,44 @@ from kglmatch.commands.common import (
     EXIT_FAILED,
     add_json_option,
     add_model_options,
+    as_matches,
     check_outputs,
     load_matcher,
     non_negative_float,
     number,
     output_path,
     print_json,
+    registration_summary,
     say,
 )
+from kglmatch.commands.common_rasters import (
+    add_band_options,
+    displacement,
+    files,
+    is_map_pair,
+    load_grey,
+    load_raw,
+    masked,
+)
+from kglmatch.commands.common_register import run_raster
 from kglmatch.options import (
     DEFAULT_BAND_ROTATION,
     DEFAULT_BAND_SCALE,
     DEFAULT_KIND,
+    DEFAULT_MAP_ROTATION,
+    DEFAULT_MAP_SCALE,
     DEFAULT_MAX_ROTATION,
     DEFAULT_MAX_SCALE,
+    DEFAULT_RESAMPLING,
     KINDS,
     PROPOSERS,
+    RESAMPLINGS,
 )
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kglmatch.features import Matches
     from kglmatch.matcher import Matcher
     from kglmatch.proposers import OpenCVProposer
     from kglmatch.registration.files import MapFrame, TiffFields
@@ -51,6 +66,7 @@ which is then not written, 2 for a mistake.
 examples:
   kglmatch register scene_vis.png scene_nir.tif -o aligned.tif --overlay overlay.png
   kglmatch register rgb.jpg thermal.tif --gcp thermal.points --json
+  kglmatch register ortho.tif thermal.tif:3 -o aligned.tif --max-displacement 60m   (GeoTIFFs)
   kglmatch register green.tif red.tif rededge.tif nir.tif -o stack.tif   (a rig: all onto the first)
 """
 
@@ -61,12 +77,14 @@ class _Inputs:
 
     Attributes:
         greys: the visible image (or reference) and the others, (H, W) float32 in [0, 1].
+        valid: (H, W) bool, the pixels of each that hold data; None for all.
         raws: images to warp, of their own types: IR; or the reference and the bands; none without -o.
         map_tags: the GeoTIFF tags of VIS, for the image or stack that is written.
         frame: the map frame of VIS, for ground control points; None where none are asked for.
     """
 
     greys: list[NDArray[np.float32]]
+    valid: list[NDArray[np.bool_] | None]
     raws: list[NDArray[Any]]
     map_tags: TiffFields
     frame: MapFrame | None
@@ -89,6 +107,7 @@ def add_parser(subparsers: Any) -> None:
     )
     _add_outputs(parser)
     _add_limits(parser)
+    _add_raster_options(parser)
     add_model_options(parser)
 
 
@@ -132,6 +151,26 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
     add_json_option(outputs)
 
 
+def _add_raster_options(parser: argparse.ArgumentParser) -> None:
+    maps = parser.add_argument_group(
+        "rasters",
+        'GeoTIFF, COG, VRT and what else rasterio opens (pip install "kglmatch[geo]"); if VIS and IR are '
+        "both on the map, that is where the search begins, and -o writes all bands of IR on VIS's grid",
+    )
+    add_band_options(maps)
+    maps.add_argument(
+        "--shift-only",
+        action="store_true",
+        help="write the pixels of IR as they are, with a corrected geotransform; finds a translation",
+    )
+    maps.add_argument(
+        "--resampling",
+        choices=RESAMPLINGS,
+        default=DEFAULT_RESAMPLING,
+        help="of the bands on VIS's grid; nearest for classes (default: %(default)s)",
+    )
+
+
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("registration")
     how.add_argument(
@@ -143,22 +182,24 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--max-displacement",
         metavar="R",
-        type=non_negative_float,
-        help="pixels that the middle of the image may be moved by (default: any)",
+        type=displacement,
+        help="pixels that the middle of the image may be moved by, or metres on the map, such as 60m "
+        "(default: any)",
     )
     how.add_argument(
         "--max-rotation",
         metavar="D",
         type=non_negative_float,
         help="degrees, either way, up to 180 "
-        f"(default: {DEFAULT_MAX_ROTATION:g}; for bands {DEFAULT_BAND_ROTATION:g})",
+        f"(default: {DEFAULT_MAX_ROTATION:g}; for bands {DEFAULT_BAND_ROTATION:g}, on the map "
+        f"{DEFAULT_MAP_ROTATION:g})",
     )
     how.add_argument(
         "--max-scale",
         metavar="S",
         type=non_negative_float,
         help="factor, either way, in addition to the ratio of the image sizes, 1 to 4 "
-        f"(default: {DEFAULT_MAX_SCALE}; for bands {DEFAULT_BAND_SCALE})",
+        f"(default: {DEFAULT_MAX_SCALE}; for bands {DEFAULT_BAND_SCALE}, on the map {DEFAULT_MAP_SCALE})",
     )
     how.add_argument(
         "--proposer",
@@ -177,9 +218,11 @@ def run(args: argparse.Namespace) -> int:
     limits = _limits(args, rig)
     proposers = _proposers(args, rig)
     _check_names(args, rig)
+    if not rig and is_map_pair(args.vis, args.ir[0], args.vis_band, args.ir_band, _needs_map(args)):
+        return run_raster(args, proposers)
     inputs = _read(args, rig)
     outputs = {f"--{name}": getattr(args, name) for name in (*_SINGLE, "save")}
-    check_outputs({"-o": args.output, **outputs}, (args.vis, *args.ir))
+    check_outputs({"-o": args.output, **outputs}, files(args.vis, *args.ir))
     matcher = load_matcher(args)
     from kglmatch.patch_matcher import check_image_size
 
@@ -190,6 +233,11 @@ def run(args: argparse.Namespace) -> int:
     return _run_pair(args, matcher, inputs, limits, proposers)
 
 
+def _needs_map(args: argparse.Namespace) -> dict[str, bool]:
+    metres = isinstance(args.max_displacement, str)
+    return {"--shift-only": args.shift_only, f"--max-displacement {args.max_displacement}": metres}
+
+
 def _limits(args: argparse.Namespace, rig: bool) -> Limits:
     from kglmatch.registration.limits import Limits
 
@@ -198,7 +246,8 @@ def _limits(args: argparse.Namespace, rig: bool) -> Limits:
         rotation = DEFAULT_BAND_ROTATION if rig else DEFAULT_MAX_ROTATION
     if scale is None:
         scale = DEFAULT_BAND_SCALE if rig else DEFAULT_MAX_SCALE
-    return Limits(args.kind, args.max_displacement, rotation, scale)
+    pixels = None if isinstance(args.max_displacement, str) else args.max_displacement
+    return Limits(args.kind, pixels, rotation, scale)
 
 
 def _proposers(args: argparse.Namespace, rig: bool) -> list[OpenCVProposer]:
@@ -219,6 +268,9 @@ def _check_names(args: argparse.Namespace, rig: bool) -> None:
     from kglmatch.registration.files import CONTROL_POINTS, JSON, STACK, YML, check_ending
 
     if rig:
+        for option, given in _needs_map(args).items():
+            if given:
+                raise OutputError(f"{option} is for one VIS and one IR, got {len(args.ir)} bands")
         for name in _SINGLE:
             if getattr(args, name) is not None:
                 raise OutputError(
@@ -241,25 +293,29 @@ def _check_names(args: argparse.Namespace, rig: bool) -> None:
 
 def _read(args: argparse.Namespace, rig: bool) -> _Inputs:
     """Reads all that is needed, so that what is damaged shows before the work."""
-    from kglmatch.images import load_image
     from kglmatch.registration.files import STACK, read_map_frame, read_map_tags
 
-    greys = [load_image(path, nodata=args.nodata) for path in (args.vis, *args.ir)]
+    bands = [args.vis_band, *[args.ir_band] * len(args.ir)]
+    loaded = [
+        load_grey(path, band, args.nodata) for path, band in zip((args.vis, *args.ir), bands, strict=True)
+    ]
+    greys, valid = [grey for grey, _ in loaded], [pixels for _, pixels in loaded]
     raws = _read_raw(args, rig)
     on_map = args.output is not None and args.output.suffix.lower() in STACK
-    map_tags = read_map_tags(args.vis) if on_map else []
-    return _Inputs(greys, raws, map_tags, None if args.gcp is None else read_map_frame(args.vis))
+    map_tags = read_map_tags(files(args.vis)[0]) if on_map else []
+    frame = None if args.gcp is None else read_map_frame(files(args.vis)[0])
+    return _Inputs(greys, valid, raws, map_tags, frame)
 
 
 def _read_raw(args: argparse.Namespace, rig: bool) -> list[NDArray[Any]]:
     """The images to warp with their own types: IR; or the reference and the bands."""
-    from kglmatch.images import check_image_fits, read_image_raw
+    from kglmatch.images import check_image_fits
     from kglmatch.registration.files import check_pages
 
     if args.output is None:
         return []
     paths = [args.vis, *args.ir] if rig else args.ir
-    raws = [read_image_raw(path) for path in paths]
+    raws = [load_raw(path, args.ir_band if path != args.vis else args.vis_band) for path in paths]
     if rig:
         check_pages(raws, [str(path) for path in paths])
     else:
@@ -292,14 +348,15 @@ def _run_pair(
 ) -> int:
     path = args.ir[0]
     began = time.perf_counter()
-    found = matcher.register(*inputs.greys, **asdict(limits), proposers=proposers)
+    images = [masked(grey, valid) for grey, valid in zip(inputs.greys, inputs.valid, strict=True)]
+    found = matcher.register(*images, **asdict(limits), proposers=proposers)
     seconds = time.perf_counter() - began
     written = _write_pair(args, inputs, found)
     if args.json:
         facts = {"vis": str(args.vis), "ir": str(path), "model": args.model, "device": matcher.device}
         print_json({**facts, **found.to_dict(), **_timing(seconds, written)})
     else:
-        print(f"{_summary(found)} ({seconds:.1f} s on {matcher.device})")
+        print(f"{registration_summary(found)} ({seconds:.1f} s on {matcher.device})")
         if found.transform is not None:
             print(_effect(found, found.transform))
         for name in written:
@@ -336,7 +393,7 @@ def _write_pair(args: argparse.Namespace, inputs: _Inputs, found: Registration) 
             (args.output, lambda path: _write_warped(args, path, inputs, found)),
             (args.overlay, lambda path: save_image(path, draw_overlay(vis, ir, transform))),
             (args.checkerboard, lambda path: save_image(path, draw_checkerboard(vis, ir, transform))),
-            (args.matches, lambda path: save_image(path, draw_matches(vis, ir, _matches(found)))),
+            (args.matches, lambda path: save_image(path, draw_matches(vis, ir, as_matches(found)))),
             (args.yml, lambda path: save_yml(path, found)),
             (args.gcp, lambda path: save_control_points(path, found, inputs.frame or NO_MAP)),
         ]
@@ -369,25 +426,6 @@ def _warp(found: Registration, raw: NDArray[Any], nodata: float | None) -> NDArr
     if nodata is None or found.transform is None:
         return found.warp(raw)
     return warp_around_nodata(raw, found.transform, found.vis_size, nodata=nodata)
-
-
-def _matches(found: Registration) -> Matches:
-    """The places of a registration as `Matches`, for drawing; they have no descriptor distance."""
-    import numpy as np
-
-    from kglmatch.features import Matches
-
-    count = len(found.keypoints_vis)
-    rows = np.arange(count, dtype=np.int64)
-    return Matches(
-        np.stack([rows, rows], axis=1),
-        found.scores,
-        np.full(count, np.nan, np.float32),
-        found.keypoints_vis,
-        found.keypoints_ir,
-        found.transform,
-        found.inliers,
-    )
 
 
 # --- a rig ----------------------------------------------------------------------------------------
@@ -480,19 +518,6 @@ def _table(results: list[BandRegistration]) -> list[str]:
 
 def _timing(seconds: float, written: list[Path]) -> dict[str, Any]:
     return {"seconds": round(seconds, 3), "written": [str(path) for path in written]}
-
-
-def _summary(found: Registration) -> str:
-    from kglmatch.registration.results import OURS
-
-    verdict = f"{found.verdict}, confidence {found.confidence:.2f}"
-    if found.transform is None:
-        return verdict
-    inliers = int(found.inliers.sum())
-    agreed = f"{inliers} of {len(found.inliers)} places agree"
-    residual = f", median residual {found.median_residual:.2f} px" if inliers else ""
-    by = "" if found.proposer == OURS else f", proposed by {found.proposer}"
-    return f"{verdict}: {found.kind}, {agreed}{residual}{by}"
 
 
 def _effect(found: Registration, transform: NDArray[np.float64]) -> str:

@@ -10,7 +10,7 @@ surfaces together (`kglmatch.registration.surfaces`). What this finds, the netwo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -52,7 +52,7 @@ LEAST_SUPPORT = 0.12  # below it, structure says nothing
 # Standard deviations above a surface's mean. A peak of this height is within 1.5 pixels of the
 # right place for 85 % of the windows of Country and 81 % of RoadScene's; unrelated images seldom reach it.
 _CLEAR_PEAK = 1.8
-_ENOUGH_JUDGED = 0.3
+ENOUGH_JUDGED = 0.3
 
 
 @dataclass(frozen=True)
@@ -161,13 +161,34 @@ def refine(
     Returns:
         the alignment, or None if fewer than 8 windows are covered by both images.
     """
+    sides = pyramid(max(vis.shape))
+
+    def level_at(depth: int, transform: Matrix) -> Level | None:
+        radius, across = (first_radius, 9) if depth == 0 else (8, 12) if depth == 1 else (6, 14)
+        return make_level(vis, ir, transform, sides[depth], radius=radius, across=across, masks=masks)
+
+    return refine_levels(start, len(sides), level_at, kind=kind)
+
+
+def refine_levels(
+    start: Matrix, depths: int, level_at: Callable[[int, Matrix], Level | None], *, kind: str = DEFAULT_KIND
+) -> Alignment | None:
+    """Refines a transform on levels from coarse to fine.
+
+    Args:
+        start: (3, 3) from visible to ir pixels.
+        depths: number of levels.
+        level_at: makes the level of a depth, from 0, about a transform; None where it cannot.
+        kind: as in `Limits`.
+
+    Returns:
+        the alignment, or None without one of the levels.
+    """
     transform = start
     levels: list[Level] = []
-    sides = pyramid(max(vis.shape))
     kinds = steps_to(kind)
-    for depth, side in enumerate(sides):
-        radius, across = (first_radius, 9) if depth == 0 else (8, 12) if depth == 1 else (6, 14)
-        level = make_level(vis, ir, transform, side, radius=radius, across=across, masks=masks)
+    for depth in range(depths):
+        level = level_at(depth, transform)
         if level is None:
             return None
         levels.append(level)
@@ -252,30 +273,30 @@ def displacement_field(
     alignment = refine(vis, ir, np.eye(3), kind="affine", first_radius=radius, masks=masks)
     if alignment is None:
         return None
-    best: tuple[Level, Matrix, Matrix] | None = None
-    best_share = -1.0
+    best: Field | None = None
     # A noisy sensor is clear in wide windows only: from fine to coarse, until enough can be judged.
     for side in reversed(pyramid(max(vis.shape))):
         level = make_level(vis, ir, alignment.transform, side, radius=6, across=14, masks=masks)
         if level is None:
             continue
-        at, height = peaks(smooth(level.surfaces, 0.7))
-        certainty = 1 / (1 + np.exp(-np.clip((height - _CLEAR_PEAK) / 0.3, -30, 30)))
-        share = float((certainty > 0.5).mean())
-        if share > best_share:
-            best, best_share = (level, at, certainty), share
-        if share >= _ENOUGH_JUDGED:
+        field = field_of_level(level, alignment)
+        if best is None or field.judged.mean() > best.judged.mean():
+            best = field
+        if field.judged.mean() >= ENOUGH_JUDGED:
             break
-    if best is None:
-        return None
-    level, at, certainty = best
+    return best
+
+
+def field_of_level(level: Level, alignment: Alignment) -> Field:
+    """The displacements in the windows of a level that was made about the transform of an alignment."""
+    at, height = peaks(smooth(level.surfaces, 0.7))
+    certainty = 1 / (1 + np.exp(-np.clip((height - _CLEAR_PEAK) / 0.3, -30, 30)))
     points = transform_points(np.linalg.inv(level.to_level), level.centres)
     found = transform_points(level.predicted, level.centres + at)
     model = transform_points(alignment.transform, points) - points
     raw = found - points - model
     smoothed = _median_of_neighbours(points, raw, certainty)
-    judged = certainty > 0.5
-    return Field(points, model + smoothed, certainty, judged, alignment)
+    return Field(points, model + smoothed, certainty, certainty > 0.5, alignment)
 
 
 def _median_of_neighbours(points: Matrix, values: Matrix, weights: Matrix, count: int = 9) -> Matrix:

@@ -1,0 +1,1 @@
+"""Rasters on the map: GeoTIFF, COG, VRT and what else rasterio opens. Needs `pip install "kglmatch[geo]"`."""
