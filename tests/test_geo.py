@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 
@@ -20,6 +22,7 @@ from rasterio.warp import calculate_default_transform, reproject  # noqa: E402
 
 from kglmatch.cli import main  # noqa: E402
 from kglmatch.errors import ImageError, KGLMatchError, OutputError  # noqa: E402
+from kglmatch.features import Features  # noqa: E402
 from kglmatch.geo import register as register_module  # noqa: E402
 from kglmatch.geo.grid import Grid, pixels_between  # noqa: E402
 from kglmatch.geo.raster import Raster  # noqa: E402
@@ -32,6 +35,8 @@ from kglmatch.geo.register import (  # noqa: E402
 )
 from kglmatch.geo.windows import place_tiles, steps  # noqa: E402
 from kglmatch.geo.write import creation_options, save_on_grid, save_shifted  # noqa: E402
+from kglmatch.geometry import transform_points  # noqa: E402
+from kglmatch.registration.structure import structure_maps  # noqa: E402
 
 UTM = CRS.from_epsg(32633)
 PLACE = from_origin(500_000, 5_400_000, 10, 10)  # of the example pair's first pixel
@@ -108,6 +113,33 @@ def five_bands():
     return np.stack([nir, red, nir // 2, nir + 100, nir // 4]).astype(np.uint16)
 
 
+class Edges:
+    """Stands in for the matcher: a patch is described by the directions of its edges, which takes no time."""
+
+    config = SimpleNamespace(patch_size=64)
+    device = "cpu"
+
+    def describe(self, patches, modality):
+        rows = [cv2.resize(structure_maps(p).transpose(1, 2, 0), (8, 8)).ravel() for p in patches]
+        norms = np.linalg.norm(rows, axis=1, keepdims=True) + 1e-6
+        return Features((rows / norms).astype(np.float32), modality)
+
+    def score(self, vis, ir):
+        return np.einsum("nd,nd->n", vis.descriptors, ir.descriptors).clip(0, 1)
+
+    def extract(self, image, modality, **_options):
+        empty = np.empty((0, 128), np.float32)
+        return Features(empty, modality)
+
+    def match(self, vis, ir, **_options):
+        return SimpleNamespace(keypoints_vis=None, keypoints_ir=None)
+
+
+@pytest.fixture(scope="module")
+def edges():
+    return Edges()
+
+
 @pytest.fixture(scope="module")
 def vis(tmp_path_factory):
     """256 x 256 pixels of red, EPSG:32633, 10 m."""
@@ -138,8 +170,8 @@ def mercator(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(matcher, vis, mercator):
-    return register_rasters(matcher, vis, mercator)
+def found(edges, vis, mercator):
+    return register_rasters(edges, vis, mercator)
 
 
 def shift_of(found):
@@ -167,7 +199,7 @@ def test_another_reference_system_and_resolution(found):
     ("crs", "resolution", "turn"),
     [(4326, 0.0001, "north"), (32633, 20, "north"), (32634, 10, "south"), (32633, 10, "rotated")],
 )
-def test_any_grid(tmp_path, matcher, vis, crs, resolution, turn):
+def test_any_grid(tmp_path, edges, vis, crs, resolution, turn):
     pixels, target = on_grid(example("nir")[None], PLACE, CRS.from_epsg(crs), resolution)
     if turn == "south":
         target = target @ Affine.translation(0, pixels.shape[1]) @ Affine.scale(1, -1)
@@ -188,12 +220,12 @@ def test_any_grid(tmp_path, matcher, vis, crs, resolution, turn):
         )
         pixels, target = out, turned
     ir = write(tmp_path / "ir.tif", pixels, CRS.from_epsg(crs), target, nodata=0)
-    found = register_rasters(matcher, vis, ir, kind="translation", max_displacement="80m")
+    found = register_rasters(edges, vis, ir, kind="translation", max_displacement="80m")
     assert found.registration.verdict == "registered"
     np.testing.assert_allclose(shift_of(found), EXPECTED, atol=0.5)
 
 
-def test_the_first_raster_may_be_rotated_or_south_up(tmp_path, matcher):
+def test_the_first_raster_may_be_rotated_or_south_up(tmp_path, edges):
     red = example("red")
     ir = write(tmp_path / "ir.tif", example("nir"), transform=Affine.translation(*ERROR) @ PLACE)
     turned = PLACE @ Affine.rotation(30, (256, 256)) @ Affine.translation(100, 100)
@@ -208,7 +240,7 @@ def test_the_first_raster_may_be_rotated_or_south_up(tmp_path, matcher):
         resampling=Resampling.cubic,
     )
     rotated = write(tmp_path / "rotated.tif", out, transform=turned)
-    found = register_rasters(matcher, rotated, ir, kind="translation")
+    found = register_rasters(edges, rotated, ir, kind="translation")
     assert found.registration.verdict == "registered"
     np.testing.assert_allclose(found.shift_metres, [-ERROR[0], -ERROR[1]], atol=4)
     np.testing.assert_allclose(found.map_shift(), [-ERROR[0], -ERROR[1]], atol=4)
@@ -229,20 +261,20 @@ def test_the_first_raster_may_be_rotated_or_south_up(tmp_path, matcher):
     assert np.corrcoef(aligned.ravel(), out.ravel())[0, 1] > 0.98
 
 
-def test_a_part_of_one_in_the_whole_of_the_other(tmp_path, matcher, vis):
+def test_a_part_of_one_in_the_whole_of_the_other(tmp_path, edges, vis):
     nir = example("nir")[20:200, 150:400]
     place = Affine.translation(*ERROR) @ PLACE @ Affine.translation(150, 20)
     ir = write(tmp_path / "ir.tif", nir, transform=place)
-    found = register_rasters(matcher, vis, ir, kind="translation")
+    found = register_rasters(edges, vis, ir, kind="translation")
     assert found.registration.verdict == "registered" and found.registration.vis_size == (SIDE, SIDE)
     np.testing.assert_allclose(shift_of(found), EXPECTED, atol=0.8)
 
 
-def test_windows_of_large_rasters(monkeypatch, matcher, vis, mercator):
+def test_windows_of_large_rasters(monkeypatch, edges, vis, mercator):
     """The way of rasters over 3072 pixels a side, at a twelfth of the size."""
     monkeypatch.setattr(register_module, "WHOLE", 200)
     monkeypatch.setattr(register_module, "_COARSE", 128)
-    found = register_rasters(matcher, vis, mercator)
+    found = register_rasters(edges, vis, mercator)
     assert found.registration.verdict == "registered"
     np.testing.assert_allclose(shift_of(found), EXPECTED, atol=0.3)
     assert found.registration.keypoints_vis.max() > 128  # in full resolution
@@ -263,16 +295,16 @@ def test_tiles_are_where_there_is_structure():
     assert (tiles[:, 0] > 1150).all() and (tiles[:, 0] < 1550).all() and (tiles[:, 1] < 660).all()
 
 
-def test_nothing_is_found_where_there_is_nothing(tmp_path, matcher, vis):
+def test_nothing_is_found_where_there_is_nothing(tmp_path, edges, vis):
     noise = np.random.default_rng(0).integers(0, 9999, (512, 512)).astype(np.uint16)
-    found = register_rasters(matcher, vis, write(tmp_path / "ir.tif", noise))
+    found = register_rasters(edges, vis, write(tmp_path / "ir.tif", noise))
     assert found.registration.verdict == "failed" and np.isnan(found.shift_metres).all()
     with pytest.raises(KGLMatchError, match="no shift"):
         found.map_shift()
 
 
-def test_check(matcher, vis, mercator):
-    result = check_rasters(matcher, vis, mercator, max_displacement="160m")
+def test_displacements_between_rasters(edges, vis, mercator):
+    result = check_rasters(edges, vis, mercator, max_displacement="160m")
     assert result.check.verdict == "registered" and result.check.image_size == (SIDE, SIDE)
     np.testing.assert_allclose(result.check.shift, EXPECTED, atol=0.4)
 
@@ -528,10 +560,6 @@ def test_a_homography_and_a_smooth_mapping(tmp_path):
 
     x, y = np.meshgrid(np.arange(300.0), np.arange(300.0))
     points = np.stack([x.ravel(), y.ravel()], axis=1)
-    import cv2
-
-    from kglmatch.geometry import transform_points
-
     for each in (bent, mapping):
         there = (each(points) if callable(each) else transform_points(each, points)).astype(np.float32)
         expected = cv2.remap(
@@ -603,7 +631,7 @@ def test_no_map_on_one_side(tmp_path, vis, capsys):
         _ = raster.grid
 
 
-def test_all_nodata(tmp_path, vis, capsys):
+def test_all_nodata(quick, tmp_path, vis, capsys):
     empty = write(tmp_path / "empty.tif", np.zeros((512, 512), np.uint16), nodata=0)
     assert "no pixel with data" in error_line(capsys, "register", vis, empty, "-o", tmp_path / "out.tif")
     half = example("nir")
@@ -613,7 +641,7 @@ def test_all_nodata(tmp_path, vis, capsys):
 
 
 @pytest.mark.parametrize("shape", [(1, 300), (300, 1), (40, 300)])
-def test_strips(tmp_path, vis, capsys, shape):
+def test_strips(quick, tmp_path, vis, capsys, shape):
     strip = write(
         tmp_path / "strip.tif",
         example("nir")[100 : 100 + shape[0], 100 : 100 + shape[1]],
@@ -637,7 +665,7 @@ def test_a_reference_system_of_both_needs_no_proj(tmp_path):
         assert scene.grid.width == 512 and displacement_in_pixels("60m", scene.grid) == pytest.approx(6)
 
 
-def test_the_antimeridian(tmp_path, matcher):
+def test_the_antimeridian(tmp_path, edges):
     """A raster in UTM zone 1 and one in degrees from 179.9 to 180.1, or from -180.1 to -179.9."""
     zone = CRS.from_epsg(32601)
     lon, lat = rasterio.warp.transform(CRS.from_epsg(4326), zone, [180.0], [50.0])
@@ -663,7 +691,7 @@ def test_the_antimeridian(tmp_path, matcher):
         ir = write(
             tmp_path / "ir.tif", nir, CRS.from_epsg(4326), Affine.translation(turn, 0) @ degrees, nodata=0
         )
-        found = register_rasters(matcher, vis, ir, kind="translation")
+        found = register_rasters(edges, vis, ir, kind="translation")
         assert found.registration.verdict == "registered"
         np.testing.assert_allclose(found.shift_metres, [-ERROR[0], -ERROR[1]], atol=5)
         with Raster(ir) as raster:
@@ -680,7 +708,7 @@ def test_the_antimeridian(tmp_path, matcher):
         assert corner == (0, 0) and np.allclose(at, [[3, 4]], atol=1e-5)
 
 
-def test_a_read_only_folder(tmp_path, vis, mercator, capsys):
+def test_a_read_only_folder(quick, tmp_path, vis, mercator, capsys):
     folder = tmp_path / "locked"
     folder.mkdir()
     folder.chmod(0o500)
@@ -694,7 +722,7 @@ def test_a_read_only_folder(tmp_path, vis, mercator, capsys):
         folder.chmod(0o700)
 
 
-def test_mistakes_of_the_command(tmp_path, vis, mercator, capsys):
+def test_mistakes_of_the_command(quick, tmp_path, vis, mercator, capsys):
     for arguments, expected in (
         (("-o", "out.png"), "must end in .tif or .tiff"),
         (("--shift-only",), "name the file by -o"),
@@ -712,7 +740,7 @@ def test_mistakes_of_the_command(tmp_path, vis, mercator, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_rasters(tmp_path, vis, mercator, capsys):
+def test_damaged_rasters(quick, tmp_path, vis, mercator, capsys):
     data = Path(mercator).read_bytes()
     (tmp_path / "cut.tif").write_bytes(data[: len(data) // 3])
     line = error_line(capsys, "register", vis, tmp_path / "cut.tif", "-o", tmp_path / "out.tif")
@@ -739,10 +767,17 @@ def test_without_rasterio(monkeypatch, vis, mercator, capsys):
     assert grey.shape == (SIDE, SIDE) and valid is None
 
 
+@pytest.fixture
+def quick(monkeypatch, edges):
+    """The commands with `Edges` for their model."""
+    for command in ("common_register", "check"):
+        monkeypatch.setattr(f"kglmatch.commands.{command}.load_matcher", lambda args: edges)
+
+
 # --- the commands ---------------------------------------------------------------------------------
 
 
-def test_register_writes_everything(tmp_path, vis, mercator, capsys):
+def test_register_writes_everything(quick, tmp_path, vis, mercator, capsys):
     out, points, saved = tmp_path / "out.tif", tmp_path / "p.points", tmp_path / "r.json"
     overlay = tmp_path / "overlay.png"
     arguments = ["register", vis, f"{mercator}:B08", "-o", out, "--gcp", points, "--save", saved]
@@ -765,7 +800,7 @@ def test_register_writes_everything(tmp_path, vis, mercator, capsys):
     assert np.allclose(apart, ERROR, atol=4)
 
 
-def test_register_shift_only(tmp_path, vis, mercator, capsys):
+def test_register_shift_only(quick, tmp_path, vis, mercator, capsys):
     out = tmp_path / "out.tif"
     assert main(["register", str(vis), str(mercator), "-o", str(out), "--shift-only", "--device", "cpu"]) == 0
     assert "42" in (text := capsys.readouterr().out) or "43" in text
@@ -774,37 +809,22 @@ def test_register_shift_only(tmp_path, vis, mercator, capsys):
         assert file.transform != source.transform
 
 
-def test_check_and_match(tmp_path, vis, mercator, capsys):
+def test_check(quick, tmp_path, vis, mercator, capsys):
     picture = tmp_path / "arrows.png"
-    arguments = [
-        "check",
-        vis,
-        mercator,
-        "--max-displacement",
-        "160m",
-        "-o",
-        picture,
-        "--json",
-        "--device",
-        "cpu",
-    ]
+    arguments = ["check", vis, mercator, "--max-displacement", "160m", "-o", picture, "--json"]
     assert main([str(a) for a in arguments]) == 0
     told = json.loads(capsys.readouterr().out)
     assert np.allclose(told["shift"], EXPECTED, atol=0.5) and picture.exists()
-    arguments = [
-        "match",
-        vis,
-        f"{mercator}:1",
-        "--max-displacement",
-        "12",
-        "--max-keypoints",
-        "200",
-        "--json",
-    ]
-    assert main([str(a) for a in [*arguments, "--device", "cpu"]]) == 0
+
+
+def test_match(matcher, monkeypatch, vis, mercator, capsys):
+    monkeypatch.setattr("kglmatch.commands.match.load_matcher", lambda args: matcher)
+    arguments = ["match", vis, f"{mercator}:1", "--max-displacement", "12", "--max-keypoints", "80", "--json"]
+    assert main([*map(str, arguments), "--decide", "descriptor"]) == 0
     told = json.loads(capsys.readouterr().out)
     homography = np.array(told["homography"])
-    assert np.allclose((homography @ [128, 128, 1])[:2] - 128, EXPECTED, atol=1)
+    moved = homography @ [128, 128, 1]
+    assert np.allclose(moved[:2] / moved[2] - 128, EXPECTED, atol=1)
 
 
 def test_a_killed_run_leaves_no_output(tmp_path, mercator):
@@ -832,3 +852,15 @@ with Raster({str(mercator)!r}) as raster:
     with Raster(mercator) as raster:
         save_on_grid(raster, tmp_path / "out.tif", raster.grid, np.eye(3))
     assert [path.name for path in tmp_path.iterdir()] == ["out.tif"]  # what the first one left is cleared
+
+
+@pytest.mark.slow
+def test_the_benchmark(tmp_path):
+    script = Path(__file__).resolve().parents[1] / "benchmarks/geo.py"
+    arguments = ["--size", "300", "--crs", "EPSG:3857", "--folder", tmp_path]
+    result = subprocess.run(
+        [sys.executable, script, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "registered, " in result.stdout and "GiB" in result.stdout
+    assert float(result.stdout.split("corner error: ")[1].split()[0]) < 1

@@ -362,8 +362,8 @@ def _register(
     masks = Masks(valid_vis, valid_ir)
     most = limits.max_displacement
     coarse = dataclasses.replace(limits, max_displacement=None if most is None else most / factor)
-    images = fill(vis, valid_vis), fill(ir, valid_ir)
-    found = _register_images(matcher, *images, coarse, masks, proposers)
+    filled = fill(vis, valid_vis), fill(ir, valid_ir)
+    found = _register_images(matcher, *filled, coarse, masks, proposers)
     if factor == 1:
         return found
     scale = resize_matrix(scene.grid.width / grid.width, scene.grid.height / grid.height)

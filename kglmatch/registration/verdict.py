@@ -202,9 +202,11 @@ def judge(
     inside = (x >= half) & (y >= half) & (x <= width - half) & (y <= height - half)
     rows = spread(np.flatnonzero(inside & (whole[y.clip(0, height - 1), x.clip(0, width - 1)] > 0)))
     at = places[rows].astype(np.float32)
-    patches = tuple(extract_patches(image, at, patch_size=size) for image in (vis, moved))
-    sizes = (width, height), (ir.shape[1], ir.shape[0])
-    return judge_patches(matcher, alignment, rows, *patches, *sizes, proposer)
+    patches_vis, patches_ir = (extract_patches(image, at, patch_size=size) for image in (vis, moved))
+    ir_size = ir.shape[1], ir.shape[0]
+    return judge_patches(
+        matcher, alignment, rows, patches_vis, patches_ir, (width, height), ir_size, proposer
+    )
 
 
 def spread(rows: NDArray[np.int64]) -> NDArray[np.int64]:
