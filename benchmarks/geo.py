@@ -7,7 +7,7 @@ register`.
 The scene is made of the example pair: mirrored tiles of it, for structure at full resolution, added to the
 pair enlarged to the whole size, so that no two places are alike. The near-infrared raster is sampled from
 the same scene by a similarity, whose map says nothing of it; with --crs, it is reprojected as well. Both are
-tiled, compressed, and have overviews with --overviews. The command runs in a process of its own, whose peak
+tiled, and have overviews with --overviews. The command runs in a process of its own, whose peak
 memory is reported.
 """
 
@@ -38,7 +38,7 @@ BLOCK = 1024
 TURN, ZOOM, SHIFT = 0.05, 1.0004, (23.4, -17.7)  # degrees; pixels at the middle
 PROFILE = {
     "driver": "GTiff", "count": 1, "dtype": "uint16", "tiled": True, "blockxsize": 512, "blockysize": 512,
-    "compress": "deflate", "zlevel": 1, "predictor": 2, "bigtiff": "if_safer",
+    "bigtiff": "if_safer",
 }  # fmt: skip
 PLACE = from_origin(500_000, 5_500_000, 10, 10)
 
@@ -63,11 +63,10 @@ def make(path: Path, band: np.ndarray, size: int, to_scene: np.ndarray, overview
         for top in range(0, size, BLOCK):
             for left in range(0, size, BLOCK):
                 width, height = min(BLOCK, size - left), min(BLOCK, size - top)
-                x, y = np.meshgrid(np.arange(left, left + width), np.arange(top, top + height))
-                there = (to_scene[:2, :2] @ np.stack([x.ravel(), y.ravel()]) + to_scene[:2, 2:]).astype(
-                    np.float32
-                )
-                pixels = sample(band, *(v.reshape(height, width) for v in there), size)
+                column = np.arange(left, left + width, dtype=np.float64)
+                row = np.arange(top, top + height, dtype=np.float64)[:, None]
+                x, y = ((a * column + (b * row + c)).astype(np.float32) for a, b, c in to_scene[:2])
+                pixels = sample(band, x, y, size)
                 file.write(np.rint(pixels).astype(np.uint16), 1, window=Window(left, top, width, height))
     if overviews:
         with rasterio.open(path, "r+") as file:

@@ -36,6 +36,7 @@ from kglmatch.geo.register import (  # noqa: E402
 from kglmatch.geo.windows import place_tiles, steps  # noqa: E402
 from kglmatch.geo.write import creation_options, save_on_grid, save_shifted  # noqa: E402
 from kglmatch.geometry import transform_points  # noqa: E402
+from kglmatch.registration.results import BandRegistration  # noqa: E402
 from kglmatch.registration.structure import structure_maps  # noqa: E402
 
 UTM = CRS.from_epsg(32633)
@@ -181,6 +182,7 @@ def shift_of(found):
     return moved[:2] / moved[2] - middle[:2]
 
 
+SENTINEL = 4  # of the pairs, one whose radar image is registered well
 EXPECTED = np.array([ERROR[0], -ERROR[1]]) / 10
 
 
@@ -751,7 +753,7 @@ def test_damaged_rasters(quick, tmp_path, vis, mercator, capsys):
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name or "tmp" in path.name] == []
 
 
-def test_without_rasterio(monkeypatch, vis, mercator, capsys):
+def test_without_rasterio(tmp_path, monkeypatch, vis, mercator, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     for arguments in (("--shift-only", "-o", "o.tif"), ("--max-displacement", "60m"), ("--ir-band", "2")):
         from kglmatch.commands.common_rasters import is_map_pair, load_grey
@@ -763,6 +765,10 @@ def test_without_rasterio(monkeypatch, vis, mercator, capsys):
     assert not is_map_pair(vis, mercator, None, None, {})
     with pytest.raises(KGLMatchError, match="needs rasterio"):
         load_grey(mercator, "2")
+    with pytest.raises(ImageError, match=r"if it is a raster for GIS programs: pip install"):
+        load_grey(mercator)  # five bands
+    with pytest.raises(ImageError, match=r"no such file$"):
+        load_grey(tmp_path / "none.tif")
     grey, valid = load_grey(vis)
     assert grey.shape == (SIDE, SIDE) and valid is None
 
@@ -788,6 +794,8 @@ def test_register_writes_everything(quick, tmp_path, vis, mercator, capsys):
     assert np.allclose(told["shift_metres"], [-ERROR[0], -ERROR[1]], atol=3)
     with rasterio.open(out) as file:
         assert file.count == 5 and file.crs == UTM
+    line = error_line(capsys, "apply", saved, mercator, "-o", tmp_path / "wrong.tif")
+    assert "two rasters on the map" in line
     assert json.loads(saved.read_text())["crs"] == "EPSG:32633" and overlay.stat().st_size > 10_000
     # A control point is a pixel of the file, and the place on the map where its content belongs.
     lines = points.read_text().splitlines()
@@ -864,3 +872,60 @@ def test_the_benchmark(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "registered, " in result.stdout and "GiB" in result.stdout
     assert float(result.stdout.split("corner error: ")[1].split()[0]) < 1
+
+
+def test_bands_of_one_file_as_a_rig(monkeypatch, tmp_path, edges):
+    """Without a map, and one band at a time: pixels of their own type, named as they were given."""
+    results = []
+
+    def register_stack(reference, bands, names, **_limits):
+        results.extend([reference.shape, *[band.shape for band in bands]])
+        found = register_module.Registration(
+            "registered",
+            0.9,
+            np.eye(3),
+            "affine",
+            *[np.empty((0, 2), np.float32)] * 2,
+            *[np.empty(0, np.float32)] * 2,
+            np.empty(0, bool),
+            1.0,
+            0.9,
+            0,
+            (128, 100),
+            (128, 100),
+        )
+        return [BandRegistration(name, found) for name in names]
+
+    stub = SimpleNamespace(config=edges.config, device="cpu", register_stack=register_stack)
+    monkeypatch.setattr("kglmatch.commands.register.load_matcher", lambda args: stub)
+    path = write(tmp_path / "five.tif", five_bands()[:, :100, :128], None, Affine.identity())
+    out = tmp_path / "stack.tif"
+    assert main(["register", *[f"{path}:{n}" for n in (2, 1, 5)], "-o", str(out)]) == 0
+    assert results == [(100, 128)] * 3
+    for page, band in enumerate((1, 0, 4), 1):
+        with rasterio.open(f"GTIFF_DIR:{page}:{out}") as file:
+            np.testing.assert_array_equal(file.read(1), five_bands()[band, :100, :128])
+
+
+@pytest.mark.slow
+def test_sentinel(shared_data, tmp_path):
+    """Optical and radar of Sentinel, 10 m a pixel, moved on the map by 60 m east and 50 m south."""
+    from kglmatch import Matcher
+    from kglmatch.images import read_image_raw
+
+    matcher = Matcher.from_pretrained("kglnet-vis-sar", device="cpu")
+    folder = shared_data / "vis-sar/sentinel/test"
+    name = sorted(path.name for path in (folder / "optical").iterdir())[SENTINEL]
+    optical, radar = (read_image_raw(folder / kind / name) for kind in ("optical", "sar"))
+    vis = write(tmp_path / "vis.tif", np.moveaxis(optical, -1, 0) if optical.ndim == 3 else optical)
+    shifts = []
+    for east, north in ((0, 0), (60, -50)):
+        ir = write(
+            tmp_path / "ir.tif",
+            radar if radar.ndim == 2 else radar[..., 0],
+            transform=Affine.translation(east, north) @ PLACE,
+        )
+        found = register_rasters(matcher, vis, ir, kind="translation", max_displacement="300m")
+        assert found.registration.verdict == "registered"
+        shifts.append(found.shift_metres)
+    np.testing.assert_allclose(shifts[1] - shifts[0], [-60, 50], atol=10)

@@ -111,18 +111,24 @@ def load_grey(
     Raises:
         ImageError: unreadable, or of bands that cannot be told apart without rasterio.
     """
-    from kglmatch.errors import KGLMatchError
+    from kglmatch.errors import ImageError, KGLMatchError
     from kglmatch.files import split_band
     from kglmatch.images import load_masked
 
     file, own = split_band(path)
     band = own if band is None else band
     has_rasterio = importlib.util.find_spec("rasterio") is not None
-    if band is None and (not has_rasterio or Path(file).suffix.lower() in _PLAIN):
+    if band is None and Path(file).suffix.lower() in _PLAIN:
         return load_masked(Path(file), nodata=nodata)
-    if not has_rasterio:
+    if not has_rasterio and band is not None:
         raise KGLMatchError(f"band {band} of {file} needs rasterio: {INSTALL}")
-    from kglmatch.errors import ImageError
+    if not has_rasterio:
+        try:
+            return load_masked(Path(file), nodata=nodata)
+        except ImageError as error:
+            if not Path(file).is_file():
+                raise
+            raise ImageError(f"{error}; if it is a raster for GIS programs: {INSTALL}") from None
     from kglmatch.geo.raster import Raster, gdal_settings, is_plain
 
     try:
