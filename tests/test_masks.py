@@ -68,12 +68,12 @@ def test_field_and_verdict_take_masks(holed, thin_matcher):
     field = displacement_field(vis, ir, 12, masks)
     assert field is not None
     np.testing.assert_allclose(np.median(field.displacement[field.judged], axis=0), SHIFT, atol=0.6)
-    found = register(thin_matcher, vis, ir, Limits("translation", 16, 0, 1), masks)
+    found = register(thin_matcher, vis, ir, Limits("translation", 16, 0, 1), masks=masks)
     assert found.vis_size == (320, 320)
 
 
 def test_nothing_with_data_is_nothing_found(holed, thin_matcher):
     vis, ir, masks = holed
     none = Masks(np.zeros_like(masks.vis), masks.ir)
-    found = register(thin_matcher, vis, ir, Limits("translation", 16, 0, 1), none)
+    found = register(thin_matcher, vis, ir, Limits("translation", 16, 0, 1), masks=none)
     assert found.verdict == "failed" and found.transform is None

@@ -47,7 +47,7 @@ def read_saved_transform(path: str | os.PathLike[str], band: str | None = None) 
         raise DataError(f"cannot read {name}: it holds no transform")
     if "geotransform" in value:
         raise DataError(
-            f"{name} holds the registration of two rasters on the map, in pixels of the first one's grid: write "
+            f"{name} is of two rasters on the map, in pixels of the first one's grid: write "
             "other bands by kglmatch register -o or kglmatch.geo.save_on_grid"
         )
     reference = value.get("reference")
