@@ -16,7 +16,7 @@ rasterio = pytest.importorskip("rasterio")
 
 from rasterio import Affine  # noqa: E402
 from rasterio.crs import CRS  # noqa: E402
-from rasterio.enums import ColorInterp, Resampling  # noqa: E402
+from rasterio.enums import ColorInterp, MaskFlags, Resampling  # noqa: E402
 from rasterio.transform import array_bounds, from_origin  # noqa: E402
 from rasterio.warp import calculate_default_transform, reproject  # noqa: E402
 
@@ -929,3 +929,23 @@ def test_sentinel(shared_data, tmp_path):
         assert found.registration.verdict == "registered"
         shifts.append(found.shift_metres)
     np.testing.assert_allclose(shifts[1] - shifts[0], [-60, 50], atol=10)
+
+
+def test_a_mask_that_is_needed_late(tmp_path, monkeypatch):
+    """The first pieces are covered in full; the last ones are not."""
+    from kglmatch.geo import write as write_module
+
+    monkeypatch.setattr(write_module, "_PIECE", 64)
+    values = example("nir")[:200, :200]
+    path = write(tmp_path / "in.tif", values)
+    with Raster(path) as raster:
+        save_on_grid(raster, tmp_path / "part.tif", raster.grid.part(5, 5, 150, 150), np.eye(3))
+        save_on_grid(raster, tmp_path / "beyond.tif", raster.grid.part(20, 20, 250, 250), np.eye(3))
+    with rasterio.open(tmp_path / "part.tif") as file:
+        assert file.mask_flag_enums[0] == [MaskFlags.all_valid]
+    with rasterio.open(tmp_path / "beyond.tif") as file:
+        assert file.mask_flag_enums[0] == [MaskFlags.per_dataset]
+        expected = np.zeros((250, 250), bool)
+        expected[:180, :180] = True
+        np.testing.assert_array_equal(file.dataset_mask() > 0, expected)
+        np.testing.assert_array_equal(file.read(1)[:180, :180], values[20:, 20:])

@@ -290,8 +290,8 @@ def _write_pieces(
         for y in range(0, grid.height, _PIECE)
         for x in range(0, grid.width, _PIECE)
     ]
-    # A mask is written to the end before the next piece of pixels, so it waits.
-    mask = np.zeros((grid.height, grid.width), bool) if masked else None
+    # Whether a mask is needed shows at the first pixel without data; until then all have some.
+    full: list[Window] | None = [] if masked else None
     warp = _Warp(raster, own, how, output.nodata, masked)
     count = raster.source.count
     with counter("write", total=len(pieces), done=0, show=progress, unit="block") as advance:
@@ -299,11 +299,17 @@ def _write_pieces(
             for window, piece_grid in _straight_pieces(grid, piece, mapping):
                 pixels = warp(piece_grid)
                 output.write(pixels[:count], window=window)
-                if mask is not None:
-                    mask[window.toslices()] = pixels[count] > 0
+                if not masked:
+                    continue
+                covered = pixels[count] > 0
+                if full is not None and covered.all():
+                    full.append(window)
+                    continue
+                for before in full or ():
+                    output.write_mask(np.full((before.height, before.width), 255, np.uint8), window=before)
+                full = None
+                output.write_mask(np.where(covered, 255, 0).astype(np.uint8), window=window)
             advance(1)
-    if mask is not None and not mask.all():
-        output.write_mask(mask)
 
 
 class _Warp:
