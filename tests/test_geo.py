@@ -928,7 +928,7 @@ def test_sentinel(shared_data, tmp_path):
         found = register_rasters(matcher, vis, ir, kind="translation", max_displacement="300m")
         assert found.registration.verdict == "registered"
         shifts.append(found.shift_metres)
-    np.testing.assert_allclose(shifts[1] - shifts[0], [-60, 50], atol=10)
+    np.testing.assert_allclose(shifts[1] - shifts[0], [-60, 50], atol=20)  # two pixels, for radar
 
 
 def test_a_mask_that_is_needed_late(tmp_path, monkeypatch):

@@ -77,3 +77,23 @@ def test_nothing_with_data_is_nothing_found(holed, thin_matcher):
     none = Masks(np.zeros_like(masks.vis), masks.ir)
     found = register(thin_matcher, vis, ir, Limits("translation", 16, 0, 1), masks=none)
     assert found.verdict == "failed" and found.transform is None
+
+
+def test_masked_and_nan_pixels_of_images_do_not_count(holed, thin_matcher):
+    """`Matcher.register` and `Matcher.extract` take them from numpy's masked arrays and from NaN."""
+    vis, ir, masks = holed
+    masked = np.ma.MaskedArray(vis, mask=~masks.vis)
+    holes = np.where(masks.ir, ir, np.float32(np.nan))
+    limits = {"kind": "translation", "max_displacement": 16, "max_rotation": 0, "max_scale": 1}
+    found = thin_matcher.register(masked, holes, **limits)
+    images = fill(vis, masks.vis), fill(ir, masks.ir)
+    expected = register(thin_matcher, *images, Limits("translation", 16, 0, 1), masks=masks)
+    assert found.support == pytest.approx(expected.support, abs=0.02)
+    x, y = np.rint(found.keypoints_vis).astype(int).T
+    assert masks.vis[y, x].mean() > 0.95
+    features = thin_matcher.extract(holes, "ir", max_keypoints=100)
+    x, y = np.rint(features.keypoints).astype(int).T
+    assert len(features) > 10 and masks.ir[y, x].all()
+    everything = thin_matcher.extract(ir, "ir", max_keypoints=100)
+    x, y = np.rint(everything.keypoints).astype(int).T
+    assert not masks.ir[y, x].all()

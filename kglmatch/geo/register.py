@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kglmatch.errors import ImageError, KGLMatchError
 from kglmatch.geo.grid import Grid, bounds_within, name_of, pixels_between, project
 from kglmatch.geo.raster import Image, Mask, Raster, gdal_settings
-from kglmatch.geo.windows import Scene, judge_on_tiles, place_tiles, refine_on_tiles, steps
+from kglmatch.geo.windows import TILE, Scene, judge_on_tiles, place_tiles, refine_on_tiles, steps
 from kglmatch.geometry import resize_matrix, transform_points
 from kglmatch.options import (
     DEFAULT_CHECK_DISPLACEMENT,
@@ -370,7 +370,7 @@ def _register(
     found = _scaled(found, scale, grid_size(scene.grid))
     if found.transform is None:
         return found
-    tiles = place_tiles(vis, ir, valid_vis & valid_ir, factor, 256)
+    tiles = place_tiles(vis, ir, valid_vis & valid_ir, factor, TILE)
     with counter("tiles", total=len(tiles) * len(steps(factor)), done=0, show=progress, unit="tile") as done:
         alignment = refine_on_tiles(scene, found.transform, tiles, factor, kind=str(found.kind), advance=done)
     if alignment is None:

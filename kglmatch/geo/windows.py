@@ -26,7 +26,7 @@ TILES = 64  # that are looked at, however large the rasters are
 _ROWS = 4  # windows a side within a tile
 _WINDOW, _RADIUS = 64, 8  # pixels, of a window and of its search
 _RIM = _WINDOW // 2 + _RADIUS + EDGE
-_TILE = 2 * _RIM + _WINDOW * (_ROWS - 1)  # pixels a side
+TILE = 2 * _RIM + _WINDOW * (_ROWS - 1)  # pixels a side
 _COVERED = 0.7  # of a window, and of a tile
 _WEAK = 0.05  # of the strongest structure: a tile with less is not worth reading
 _LEAST_WINDOWS = 8
@@ -130,10 +130,10 @@ def tile_level(
     x, y = np.meshgrid(inner, inner)
     local = np.stack([x.ravel(), y.ravel()], axis=1)
     centres, surfaces = [], []
-    for corner in np.rint(transform_points(to_level, tiles)).astype(int) - _TILE // 2:
+    for corner in np.rint(transform_points(to_level, tiles)).astype(int) - TILE // 2:
         to_grid = np.linalg.inv(to_level) @ np.array([[1, 0, corner[0]], [0, 1, corner[1]], [0, 0, 1.0]])
         left, top = (corner * step).tolist()
-        grid = scene.grid.part(left, top, _TILE, _TILE, step=step)
+        grid = scene.grid.part(left, top, TILE, TILE, step=step)
         vis, valid_vis, ir, valid_ir = scene.pair(grid, np.linalg.inv(to_grid) @ transform @ to_grid)
         mask_vis, mask_ir = _clear(valid_vis), _clear(valid_ir)
         share = cv2.blur(mask_vis * mask_ir, (_WINDOW, _WINDOW))[local[:, 1], local[:, 0]]
