@@ -140,3 +140,31 @@ def test_many(run, monkeypatch):
     assert re.findall(r"(wall|processor) time:", printed) == ["wall", "processor"]
     printed = run("many.py", "--memory", "--pairs", 3, "--workers", 0)
     assert float(printed.splitlines()[-1].split()[1]) > 10  # MiB
+
+
+def test_gpu_on_the_cpu(run, monkeypatch):
+    make_thin(monkeypatch)
+    small = ("--device", "cpu", "--patches", 2, "--seconds", 0, "--no-onnx")
+    monkeypatch.setattr("kglmatch.matcher.load_files", lambda files: thin_state())
+    report = json.loads(run("gpu.py", *small, "--json"))
+    assert [(row["backend"], row["dtype"]) for row in report["rows"]] == [
+        ("PyTorch", dtype) for dtype in ("float32", "float16", "bfloat16")
+    ]
+    for row in report["rows"]:
+        assert row["patches_per_second"] > 0 and row["scores_per_second"] > 0
+        assert row["of_product"] > 0 and row["of_copy"] > 0
+
+
+def test_gpu_without_one_says_so(run, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        run("gpu.py")
+    assert "--device cpu" in capsys.readouterr().err
+
+
+def thin_state():
+    from kglmatch import KGLNetConfig
+    from kglmatch.models.network import KGLNet
+
+    config = KGLNetConfig()
+    return KGLNet(config).state_dict(), config

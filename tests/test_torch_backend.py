@@ -148,3 +148,15 @@ def test_bad_precision_and_batch(config, state):
         TorchBackend(state, config, device="cpu", dtype="int8")
     with pytest.raises(KGLMatchError, match="batch_size must be at least 1"):
         TorchBackend(state, config, device="cpu", batch_size=0)
+
+
+def test_float32_on_cuda_is_no_tf32(monkeypatch):
+    """Set while the network runs, and as before afterwards; nothing of it needs a GPU."""
+    from kglmatch.backends.torch import _full_precision
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with _full_precision(torch.device("cuda")):
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
+    with _full_precision(torch.device("cpu")):
+        assert torch.backends.cudnn.allow_tf32
