@@ -33,7 +33,8 @@ def load_pretrained(
     Args:
         name, hub: as for `kglmatch.models.pretrained.resolve`. The cache is `kglmatch-onnx` in its
             `cache_dir`, else in XDG_CACHE_HOME or ~/.cache.
-        dtype: "float32" or "float16"; None takes the graphs as they are, or what suits the device.
+        dtype: "float32" or "float16"; None takes the graphs as they are (in int8, too), or what suits the
+            device.
 
     Raises:
         WeightsError, ConfigError, BackendError: as for `OnnxBackend`; no such model; a precision that

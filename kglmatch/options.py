@@ -54,5 +54,7 @@ REGISTRATION_BASELINES = ("sift", "orb", "xfeat")
 DEFAULT_REGISTRATION_BASELINES = ("sift", "orb")
 DEFAULT_NEGATIVES = 1  # non-matching pairs a point, as in the protocol of `kglmatch.datasets`
 
+CALIBRATION_PAIRS = 192  # patches of each sensor that `kglmatch export --int8` draws
+
 DEFAULT_RIG_TOLERANCE = 1.0  # pixels within which a capture agrees with its rig
 DEFAULT_RIG_CAPTURES = 200  # of a flight that a calibration looks at

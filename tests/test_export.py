@@ -438,11 +438,12 @@ def requests(monkeypatch, exported):
 
 def test_the_command(requests, capsys, exported):
     assert main(["export", "--onnx", "-o", "there", "--half", "--batch", "4", "--opset", "20"]) == 0
-    assert requests == [("there", {"half": True, "batch": 4, "opset": 20})]
+    assert requests == [("there", {"half": True, "calibrate": None, "batch": 4, "opset": 20})]
     out = capsys.readouterr().out.splitlines()
     assert [line.split("\t")[0] for line in out] == [g.file for g in exported.graphs]
     assert main(["export", "--onnx", "--json"]) == 0
-    assert requests[1] == ("kglnet-vis-nir-onnx", {"half": False, "batch": None, "opset": None})
+    nothing = {"half": False, "calibrate": None, "batch": None, "opset": None}
+    assert requests[1] == ("kglnet-vis-nir-onnx", nothing)
     report = json.loads(capsys.readouterr().out)
     assert report["opset"] == 23
     assert len(report["parity"]) == len(exported.parity)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kglmatch.commands.common import (
     EXIT_FAILED,
+    add_backend_option,
     add_json_option,
     add_model_options,
     check_outputs,
@@ -78,6 +79,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_band_options(how)
     add_model_options(parser)
+    add_backend_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kglmatch.options import DEFAULT_MODEL, DTYPES
+from kglmatch.options import BACKENDS, DEFAULT_MODEL, DTYPES
 
 if TYPE_CHECKING:
     from kglmatch.features import Matches
@@ -114,6 +114,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_device_options(group)
 
 
+def add_backend_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --backend, which `load_matcher` reads."""
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=BACKENDS[0],
+        help="what runs the network: PyTorch, or onnxruntime with the model's graphs, which are made once "
+        "where there are none; --model may name a folder that kglmatch export wrote (default: %(default)s)",
+    )
+
+
 def add_device_options(parser: argparse._ActionsContainer) -> None:
     """Adds --device, --dtype and --batch-size."""
     parser.add_argument("--device", metavar="D", default="auto", help=DEVICE_HELP)
@@ -152,7 +163,11 @@ def load_matcher(args: argparse.Namespace) -> Matcher:
     from kglmatch.matcher import Matcher
 
     matcher = Matcher.from_pretrained(
-        args.model, device=args.device, dtype=args.dtype, batch_size=args.batch_size
+        args.model,
+        backend=getattr(args, "backend", BACKENDS[0]),
+        device=args.device,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
     )
     matcher.backend.progress = True
     return matcher

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kglmatch.commands.common import (
+    add_backend_option,
     add_json_option,
     add_model_options,
     check_outputs,
@@ -131,6 +132,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_json_option(outputs)
     add_model_options(parser)
+    add_backend_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:

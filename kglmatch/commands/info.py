@@ -8,6 +8,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from kglmatch.commands.common import add_json_option, print_json, say
+from kglmatch.options import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from kglmatch.models.config import KGLNetConfig
@@ -19,17 +20,25 @@ def add_parser(subparsers: Any) -> None:
         "info",
         help="list the bundled models, or describe one",
         description="Without MODEL, lists the models that come with the package. With one, reads its "
-        "files, checks that they fit, and prints what it is.",
+        "files, checks that they fit, and prints what it is. With --benchmark, measures.",
     )
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", help="a bundled model, a model folder, or owner/name on the Hub"
+    )
+    parser.add_argument(
+        "--benchmark",
+        action="store_true",
+        help="which of PyTorch, onnxruntime and onnxruntime in int8 describes patches fastest on the CPU of "
+        "this machine; takes some minutes",
     )
     add_json_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    if args.model is None:
+    if args.benchmark:
+        _benchmark(args.model or DEFAULT_MODEL, args.json)
+    elif args.model is None:
         _list(args.json)
     else:
         _describe(args.model, args.json)
@@ -96,6 +105,25 @@ def _describe(name: str, as_json: bool) -> None:
     ]
     width = max(len(key) for key, _ in rows)
     print("\n".join(f"{key:{width}}  {value}" for key, value in rows))
+
+
+def _benchmark(name: str, as_json: bool) -> None:
+    from kglmatch.evaluation.speed import compare_backends, has_vnni
+
+    say("exporting the graphs, then measuring; this takes some minutes")
+    speeds = compare_backends(name)
+    vnni = has_vnni()
+    if as_json:
+        print_json({"model": name, "vnni": vnni, "backends": [dataclasses.asdict(each) for each in speeds]})
+        return
+    for each in speeds:
+        print(
+            f"{each.backend} {each.dtype:8}{each.patches_per_second:8.1f} patches per second, "
+            f"{each.ratio:.2f} times torch float32"
+        )
+    print(f"fastest on this machine: {speeds[0].backend} {speeds[0].dtype}")
+    if vnni is not None:
+        print(f"the processor has {'VNNI' if vnni else 'no VNNI'}, which multiplies 8-bit numbers")
 
 
 def _maps(config: KGLNetConfig) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kglmatch.commands.common import (
     EXIT_FAILED,
+    add_backend_option,
     add_json_option,
     add_model_options,
     as_matches,
@@ -109,6 +110,7 @@ def add_parser(subparsers: Any) -> None:
     _add_limits(parser)
     _add_raster_options(parser)
     add_model_options(parser)
+    add_backend_option(parser)
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
