@@ -43,8 +43,12 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_MISTAKE, f"kglmatch: error: {message} (see {self.prog} --help)\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; imports nothing heavy."""
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the command line; imports nothing heavy.
+
+    Args:
+        command: the only one to be parsed, which is loaded alone; None, or what is no command, takes all.
+    """
     parser = _Parser(
         prog="kglmatch",
         description="Match image patches and whole images across spectra: visible against near infrared, "
@@ -52,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kglmatch {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name in COMMANDS:
+    for name in (command,) if command in COMMANDS else COMMANDS:
         path = f"kglmatch.commands.{name.replace('-', '_')}"
         if importlib.util.find_spec(path) is None:
             continue
@@ -75,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names that the terminal cannot show
     try:
-        args = build_parser().parse_args(argv)
+        given = sys.argv[1:] if argv is None else argv
+        args = build_parser(given[0] if given else None).parse_args(given)
         code: int = args.run(args)
         sys.stdout.flush()
         return code

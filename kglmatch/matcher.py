@@ -34,18 +34,14 @@ from kglmatch.options import (
 )
 from kglmatch.patch_matcher import PatchMatcher
 from kglmatch.patches import check_patches
-from kglmatch.registration.limits import Limits
-from kglmatch.registration.masks import Masks, fill
-from kglmatch.registration.proposals import Proposer, read_proposal
-from kglmatch.registration.results import BandRegistration, Registration, RegistrationCheck
-from kglmatch.registration.verdict import check, register, register_stack
-from kglmatch.registration.verify import verify
-from kglmatch.streaming.match import match_many
-from kglmatch.streaming.register import register_many
-from kglmatch.streaming.results import PairMatches, PairRegistration
 
+# Registration and the work on many images are loaded where they are used: matching starts without them.
 if TYPE_CHECKING:
     from kglmatch.export import ExportReport
+    from kglmatch.registration.masks import Masks
+    from kglmatch.registration.proposals import Proposer
+    from kglmatch.registration.results import BandRegistration, Registration, RegistrationCheck
+    from kglmatch.streaming.results import PairMatches, PairRegistration
 
 
 class Matcher(PatchMatcher):
@@ -328,6 +324,9 @@ class Matcher(PatchMatcher):
             ImageError: unreadable, or smaller than a patch.
             KGLMatchError: a parameter out of range, or a proposer that cannot be called.
         """
+        from kglmatch.registration.limits import Limits
+        from kglmatch.registration.verdict import register
+
         limits = Limits(kind, max_displacement, max_rotation, max_scale)
         images, masks = self._load_pair(vis, ir)
         return register(self, *images, limits, proposers, masks)
@@ -359,6 +358,10 @@ class Matcher(PatchMatcher):
             KGLMatchError: another kind; a transform that is not (3, 3) or (2, 3), not finite or cannot be
                 inverted; matches of another shape.
         """
+        from kglmatch.registration.limits import Limits
+        from kglmatch.registration.proposals import read_proposal
+        from kglmatch.registration.verify import verify
+
         limits = Limits(kind)
         given = read_proposal(transform, "given")
         return verify(self, self.load(vis), self.load(ir), given, kind=limits.kind, refined=refine)
@@ -379,11 +382,15 @@ class Matcher(PatchMatcher):
             ImageError: unreadable, smaller than a patch, or of different sizes.
             KGLMatchError: a parameter out of range.
         """
+        from kglmatch.registration.verdict import check
+
         images, masks = self._load_pair(vis, ir)
         return check(self, *images, max_displacement=max_displacement, masks=masks)
 
     def _load_pair(self, vis: Any, ir: Any) -> tuple[tuple[Any, Any], Masks | None]:
         """Two images, grey, and which pixels hold data; None where all do."""
+        from kglmatch.registration.masks import Masks, fill
+
         (vis_grey, vis_valid), (ir_grey, ir_valid) = (self.load_masked(image) for image in (vis, ir))
         if vis_valid is None and ir_valid is None:
             return (vis_grey, ir_grey), None
@@ -422,6 +429,9 @@ class Matcher(PatchMatcher):
         Raises:
             ImageError, KGLMatchError: as for `register`, or names that do not fit the bands.
         """
+        from kglmatch.registration.limits import Limits
+        from kglmatch.registration.verdict import register_stack
+
         limits = Limits(kind, max_displacement, max_rotation, max_scale)
         images = [self.load(band) for band in bands]
         return register_stack(self, self.load(reference), images, limits, names=names)
@@ -467,6 +477,8 @@ class Matcher(PatchMatcher):
         Raises:
             KGLMatchError: a parameter out of range; or, while iterating, something that is no pair.
         """
+        from kglmatch.streaming.match import match_many
+
         return match_many(
             self,
             pairs,
@@ -514,6 +526,8 @@ class Matcher(PatchMatcher):
         Raises:
             KGLMatchError: a parameter out of range; or, while iterating, something that is no pair.
         """
+        from kglmatch.streaming.register import register_many
+
         return register_many(
             self,
             pairs,

@@ -168,3 +168,12 @@ def thin_state():
 
     config = KGLNetConfig()
     return KGLNet(config).state_dict(), config
+
+
+@pytest.mark.slow
+def test_start(run):
+    report = json.loads(run("start.py", "--rounds", 1, "--max-keypoints", 8, "--modules", 5, "--json"))
+    assert report["torch_imported"]
+    assert 0 < report["imports_cpu"]["sys"] < report["imports_cpu"]["torch"] < report["cpu"]["best"] * 2
+    assert len(report["modules"]) == 5
+    assert any(name == "torch" or name.startswith("kglmatch") for name, _ in report["modules"])

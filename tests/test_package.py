@@ -42,6 +42,25 @@ print(json.dumps(seen))
 """
 
 
+def test_a_command_loads_its_own_module_alone():
+    code = (
+        "import sys; from kglmatch.cli import main; main(['match', '--help']);"
+        "print([m for m in sys.modules if m.startswith('kglmatch.commands.')], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(ast.literal_eval(done.stderr))
+    assert "kglmatch.commands.match" in loaded
+    assert loaded <= {f"kglmatch.commands.{name}" for name in ("match", "common")}
+
+
+def test_matching_does_not_load_registration():
+    code = "import sys, kglmatch.matcher; print([m for m in sys.modules if m.startswith('kglmatch.')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = ast.literal_eval(done.stdout)
+    assert "kglmatch.matcher" in loaded
+    assert not [m for m in loaded if m.startswith(("kglmatch.registration", "kglmatch.streaming"))]
+
+
 def stub_names() -> dict[str, str]:
     """Public name -> module that it comes from, as type checkers and editors read it."""
     names = {}
