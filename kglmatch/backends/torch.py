@@ -94,9 +94,8 @@ class TorchBackend:
         if batch_size < 1:
             raise KGLMatchError(f"batch_size must be at least 1, got {batch_size}")
         self.device, self.dtype, self.batch_size = str(self._device), dtype, batch_size
-        with torch.device("meta"):  # numbers drawn at random would be replaced at once
-            net = KGLNet(config)
-        net.to_empty(device="cpu").load_state_dict(state)
+        net = KGLNet(config)
+        net.load_state_dict(state)
         net.eval().requires_grad_(False).to(self._device, DTYPES[dtype])
         self._net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
