@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = sys.argv[1:] if argv is None else argv
         args = build_parser(given[0] if given else None).parse_args(given)
+        args.command_line = ["kglmatch", *given]
         code: int = args.run(args)
         sys.stdout.flush()
         return code

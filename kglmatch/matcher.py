@@ -296,6 +296,7 @@ class Matcher(PatchMatcher):
         max_rotation: float = DEFAULT_MAX_ROTATION,
         max_scale: float = DEFAULT_MAX_SCALE,
         proposers: Sequence[Proposer] = (),
+        local: bool = False,
     ) -> Registration:
         """Finds the transform between two whole images, and says whether to believe it.
 
@@ -315,6 +316,8 @@ class Matcher(PatchMatcher):
                 through `kglmatch.proposers`, or functions of your own. They get both images as (H, W) float32
                 in [0, 1]; what they may return is in `kglmatch.registration.proposals`. All proposals within
                 the limits are refined and judged alike.
+            local: also look for the smooth displacement that the transform leaves over, and apply it
+                where the images support it (`Registration.local`, `Registration.correction`).
 
         Returns:
             `Registration`; its verdict is "failed" where nothing was found that holds, its `proposer` says
@@ -329,7 +332,12 @@ class Matcher(PatchMatcher):
 
         limits = Limits(kind, max_displacement, max_rotation, max_scale)
         images, masks = self._load_pair(vis, ir)
-        return register(self, *images, limits, proposers, masks)
+        found = register(self, *images, limits, proposers, masks)
+        if not local:
+            return found
+        from kglmatch.registration.corrected import correct_locally
+
+        return correct_locally(self, *images, found)
 
     def verify(
         self, vis: Any, ir: Any, transform: Any, *, kind: str = DEFAULT_KIND, refine: bool = False

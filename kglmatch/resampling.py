@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import cv2
@@ -15,6 +15,8 @@ from kglmatch.geometry import resize_matrix, transform_points
 
 Image = NDArray[np.float32]
 Interpolation = Literal["cubic", "linear", "nearest"]
+# Columns (w,) and rows (h,) of the output -> the displacement of each crossing, (h, w, 2) xy pixels.
+Displacement = Callable[[NDArray[np.floating], NDArray[np.floating]], NDArray[np.float32]]
 
 _OPENCV_FLAGS = {"cubic": cv2.INTER_CUBIC, "linear": cv2.INTER_LINEAR}
 # Types that OpenCV interpolates as they are.
@@ -22,6 +24,7 @@ _OPENCV_TYPES = ("uint8", "uint16", "int16", "float32")
 _OPENCV_CHANNELS = 4  # that it warps at once
 _OPENCV_LARGEST = 1e37  # of a float32: beyond it, OpenCV's sums may overflow
 _TILE = 8192  # pixels of the output that are warped at once
+_DISPLACED_TILE = 2048  # the same, where each has its own displacement
 _LARGEST = 32766  # pixels: the side of an image that OpenCV warps
 _MARGIN = 4  # pixels that interpolation reaches beyond
 _STRIP = 1 << 16  # pixels that are interpolated at once without OpenCV
@@ -94,6 +97,7 @@ def warp_image(
     *,
     nodata: float = 0,
     interpolation: Interpolation | None = None,
+    displacement: Displacement | None = None,
 ) -> NDArray[Any]:
     """Resamples an image into the frame that a transform starts from; the type is kept.
 
@@ -114,6 +118,8 @@ def warp_image(
         interpolation: "cubic", "linear" or "nearest". None takes "nearest" for bool and "cubic" otherwise;
             give "nearest" for labels, whose numbers must not mix. bool is true where its interpolated value
             is 0.5 or more.
+        displacement: of the output's pixels, before the transform: at x the output shows the image at
+            transform(x + displacement(x)). None for none.
 
     Raises:
         ImageError: no image of such a shape and type, or one over 32,766 pixels wide or high that is shrunk
@@ -131,10 +137,16 @@ def warp_image(
     source = image if image.dtype.isnative else image.astype(image.dtype.newbyteorder("="))
     by_opencv = interpolation != "nearest" and _opencv_keeps(source)
     moved = np.empty((size[1], size[0], *image.shape[2:]), source.dtype)
-    for top in range(0, size[1], _TILE):
-        for left in range(0, size[0], _TILE):
-            tile = moved[top : top + _TILE, left : left + _TILE]
-            _warp_tile(source, transform, (left, top), tile, interpolation, by_opencv, nodata)
+    side = _TILE if displacement is None else _DISPLACED_TILE
+    for top in range(0, size[1], side):
+        for left in range(0, size[0], side):
+            tile = moved[top : top + side, left : left + side]
+            if displacement is None:
+                _warp_tile(source, transform, (left, top), tile, interpolation, by_opencv, nodata)
+            else:
+                _warp_displaced(
+                    source, transform, displacement, (left, top), tile, interpolation, by_opencv, nodata
+                )
     return moved
 
 
@@ -145,11 +157,12 @@ def warp_around_nodata(
     *,
     nodata: float,
     interpolation: Interpolation | None = None,
+    displacement: Displacement | None = None,
 ) -> NDArray[Any]:
     """`warp_image` of an image that holds pixels without data, which do not mix into their neighbours.
 
     Args:
-        image, transform, size, interpolation: as for `warp_image`.
+        image, transform, size, interpolation, displacement: as for `warp_image`.
         nodata: value of the image's pixels without data (all colour channels alike; alpha is no colour), and
             of output pixels for which one of them, or none at all, is needed.
 
@@ -168,22 +181,28 @@ def warp_around_nodata(
         nearest[labels[~hole]] = np.arange(np.count_nonzero(~hole))
         image = image.copy()
         image[hole] = image[~hole][nearest[labels[hole]]]
-    moved = warp_image(image, transform, size, nodata=nodata, interpolation=interpolation)
-    moved[~covered_by(transform, size, ~hole)] = nodata
+    moved = warp_image(
+        image, transform, size, nodata=nodata, interpolation=interpolation, displacement=displacement
+    )
+    moved[~covered_by(transform, size, ~hole, displacement=displacement)] = nodata
     return moved
 
 
 def covered_by(
-    transform: NDArray[np.floating], size: tuple[int, int], valid: NDArray[np.bool_]
+    transform: NDArray[np.floating],
+    size: tuple[int, int],
+    valid: NDArray[np.bool_],
+    *,
+    displacement: Displacement | None = None,
 ) -> NDArray[np.bool_]:
     """(height, width) of the frame: where all of the four pixels around the place are valid.
 
     Args:
-        transform, size: as for `warp_image`.
+        transform, size, displacement: as for `warp_image`.
         valid: (H, W), the pixels of the image that count; all, for what the image covers.
     """
     full = np.where(valid, 255, 0).astype(np.uint8)
-    return warp_image(full, transform, size, interpolation="linear") == 255
+    return warp_image(full, transform, size, interpolation="linear", displacement=displacement) == 255
 
 
 def check_nodata(nodata: float, dtype: np.dtype[Any]) -> None:
@@ -266,6 +285,71 @@ def _warp_tile(
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     covered = cv2.warpPerspective(inside, transform, (width, height), flags=flags)
     tile[covered < 255] = nodata
+
+
+def _warp_displaced(
+    image: NDArray[Any],
+    transform: NDArray[np.floating],
+    displacement: Displacement,
+    corner: tuple[int, int],
+    tile: NDArray[Any],
+    interpolation: Interpolation,
+    by_opencv: bool,
+    nodata: float,
+) -> None:
+    """`_warp_tile` with a displacement of each output pixel."""
+    height, width = tile.shape[:2]
+    x, y = displaced_places(transform, displacement, corner, (width, height))
+    reach = np.array(image.shape[1::-1])
+    with np.errstate(invalid="ignore"):
+        covered = (x >= 0) & (y >= 0) & (x <= reach[0] - 1) & (y <= reach[1] - 1)
+    if not covered.any():
+        tile[:] = nodata
+        return
+    low = np.array([int(x[covered].min()), int(y[covered].min())]) - _MARGIN
+    high = np.array([int(x[covered].max()), int(y[covered].max())]) + _MARGIN + 1
+    low, high = np.maximum(low, 0), np.minimum(high, reach)
+    part = np.ascontiguousarray(image[low[1] : high[1], low[0] : high[0]])
+    if max(part.shape[:2]) > _LARGEST:
+        raise ImageError(
+            f"cannot warp: {width} x {height} pixels need {part.shape[1]} x {part.shape[0]} of the other "
+            f"image, and OpenCV takes at most {_LARGEST} a side; shrink that image first"
+        )
+    x, y = x - low[0], y - low[1]
+    if by_opencv:
+        channels, filled = (a.reshape(*a.shape[:2], -1) for a in (part, tile))
+        for first in range(0, channels.shape[2], _OPENCV_CHANNELS):
+            some = slice(first, first + _OPENCV_CHANNELS)
+            moved = cv2.remap(
+                np.ascontiguousarray(channels[..., some]),
+                x.astype(np.float32),
+                y.astype(np.float32),
+                _OPENCV_FLAGS[interpolation],
+                borderMode=cv2.BORDER_REPLICATE,
+            )
+            filled[..., some] = moved.reshape(height, width, -1)
+    else:
+        step = max(1, _STRIP // width)
+        for top in range(0, height, step):
+            rows = slice(top, top + step)
+            tile[rows] = _interpolate(part, x[rows], y[rows], interpolation)
+    tile[~covered] = nodata
+
+
+def displaced_places(
+    transform: NDArray[np.floating],
+    displacement: Displacement,
+    corner: tuple[int, int],
+    size: tuple[int, int],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """x and y (height, width) that a part of the output is taken from; `corner` is its upper left pixel."""
+    columns = corner[0] + np.arange(size[0], dtype=np.float64)
+    rows = corner[1] + np.arange(size[1], dtype=np.float64)
+    moved = displacement(columns, rows)
+    column, row = columns + moved[..., 0], rows[:, None] + moved[..., 1]
+    x, y, depth = (a * column + b * row + c for a, b, c in transform)
+    depth = np.where(np.abs(depth) < 1e-12, 1e-12, depth)
+    return np.clip(x / depth, -1e9, 1e9), np.clip(y / depth, -1e9, 1e9)
 
 
 def _places(

@@ -14,8 +14,9 @@ from kglmatch.errors import KGLMatchError
 from kglmatch.features import Matches, is_whole
 from kglmatch.geometry import resize_matrix, transform_points
 from kglmatch.images import load_image
+from kglmatch.registration.displacement import DisplacementField
 from kglmatch.registration.results import RegistrationCheck
-from kglmatch.resampling import resize_between, shrink
+from kglmatch.resampling import covered_by, resize_between, shrink, warp_image
 
 Picture = NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -119,7 +120,12 @@ def draw_matches(
 
 
 def draw_checkerboard(
-    vis_image: Any, ir_image: Any, homography: NDArray[np.floating], *, cells: int = DEFAULT_CELLS
+    vis_image: Any,
+    ir_image: Any,
+    homography: NDArray[np.floating],
+    *,
+    cells: int = DEFAULT_CELLS,
+    local: DisplacementField | None = None,
 ) -> Picture:
     """Draws the visible image with every other square taken from the ir image, warped onto it.
 
@@ -130,6 +136,7 @@ def draw_checkerboard(
         vis_image, ir_image: images of any size, as for `kglmatch.load_image`.
         homography: (3, 3), from visible to ir pixels, as in `Matches.homography`.
         cells: squares along the longer side of the visible image.
+        local: displacement of the visible pixels before the homography, as `Registration.local`.
 
     Returns:
         (H, W, 3) uint8 RGB in the frame of the visible image, with a strip below that names the colours;
@@ -142,7 +149,7 @@ def draw_checkerboard(
     """
     if not is_whole(cells) or cells < 1:
         raise KGLMatchError(f"cells must be a whole number of at least 1, got {cells!r}")
-    vis, warped, covered = _warped_together(vis_image, ir_image, homography)
+    vis, warped, covered = _warped_together(vis_image, ir_image, homography, local)
     size = vis.shape[1], vis.shape[0]
     shown = np.repeat(vis[..., None], 3, axis=2)
     side = max(size) / cells
@@ -154,7 +161,13 @@ def draw_checkerboard(
     return np.concatenate([board, _strip(size[0], legend, _coverage(covered))])
 
 
-def draw_overlay(vis_image: Any, ir_image: Any, homography: NDArray[np.floating]) -> Picture:
+def draw_overlay(
+    vis_image: Any,
+    ir_image: Any,
+    homography: NDArray[np.floating],
+    *,
+    local: DisplacementField | None = None,
+) -> Picture:
     """Draws both images in one, in false colour: the visible one red, the ir one, warped onto it, cyan.
 
     What is equally bright in both becomes grey. Edges that coincide show as one line; two parallel
@@ -164,6 +177,7 @@ def draw_overlay(vis_image: Any, ir_image: Any, homography: NDArray[np.floating]
     Args:
         vis_image, ir_image: images of any size, as for `kglmatch.load_image`.
         homography: (3, 3), from visible to ir pixels, as in `Registration.transform`.
+        local: as for `draw_checkerboard`.
 
     Returns:
         (H, W, 3) uint8 RGB, of the size that `draw_checkerboard` gives, with a strip below.
@@ -172,7 +186,7 @@ def draw_overlay(vis_image: Any, ir_image: Any, homography: NDArray[np.floating]
         ImageError: an image that cannot be read.
         KGLMatchError: a homography that is not a finite (3, 3) array.
     """
-    vis, warped, covered = _warped_together(vis_image, ir_image, homography)
+    vis, warped, covered = _warped_together(vis_image, ir_image, homography, local)
     red = _even_contrast(vis, np.ones_like(covered))
     cyan = _even_contrast(warped, covered)
     shown = np.stack([red, cyan, cyan], axis=2)
@@ -308,7 +322,7 @@ def _warp(
 
 
 def _warped_together(
-    vis_image: Any, ir_image: Any, homography: NDArray[np.floating]
+    vis_image: Any, ir_image: Any, homography: NDArray[np.floating], local: DisplacementField | None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
     """The visible image in picture size, the ir image warped onto it, and where it covers it."""
     homography = np.asarray(homography)
@@ -326,6 +340,11 @@ def _warped_together(
     small = shrink(ir, 1 / min(max(zoom, 1e-3), max(ir.shape)))
     to_ir = resize_between(ir, small) @ to_ir
     ir = small
+    if local is not None:
+        displacement = local.resized(size).on_grid
+        warped = warp_image(ir, to_ir, size, interpolation="linear", displacement=displacement)
+        covered = covered_by(to_ir, size, np.ones(ir.shape, bool), displacement=displacement)
+        return _resize(vis, size), warped, covered
     warped = _warp(ir, to_ir, size)
     # What is beyond the horizon of the homography, seen from the image's centre, is no image.
     x, y = np.arange(size[0]), np.arange(size[1])[:, None]

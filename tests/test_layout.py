@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": SHARED | DATA | IMAGES | {"datasets", "matcher", "models"},
     "visualize": SHARED | DATA | IMAGES | {"registration"},
     "proposers": SHARED | DATA,
+    "report": SHARED | DATA | IMAGES | {"registration", "visualize"},
     "interop": SHARED | DATA | IMAGES | {"matcher", "registration"},
     "training": SHARED | DATA | IMAGES | NETWORK | {"datasets", "evaluation"},
 }

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kglmatch.batch.rig_results import read_json, read_size, read_transform
 from kglmatch.errors import DataError, ImageError
 from kglmatch.geometry import resize_matrix
+from kglmatch.registration.displacement import DisplacementField
 from kglmatch.resampling import warp_image
 
 _ASPECT = 0.01  # how far the proportions of an image may be off those of the registered one
@@ -24,11 +25,13 @@ class SavedTransform:
     Attributes:
         transform: (3, 3) from visible (or reference) pixels to those of the other image.
         vis_size, ir_size: (width, height) that it was found for.
+        local: displacement of the visible pixels before the transform, or None.
     """
 
     transform: NDArray[np.float64]
     vis_size: tuple[int, int]
     ir_size: tuple[int, int]
+    local: DisplacementField | None = None
 
 
 def read_saved_transform(path: str | os.PathLike[str], band: str | None = None) -> SavedTransform:
@@ -60,10 +63,22 @@ def read_saved_transform(path: str | os.PathLike[str], band: str | None = None) 
     try:
         vis_size = reference["size"] if isinstance(reference, dict) else value["vis_size"]
         ir_size = value["size"] if "size" in value else value["ir_size"]
-        return SavedTransform(read_transform(value["transform"]), read_size(vis_size), read_size(ir_size))
+        transform, vis, ir = read_transform(value["transform"]), read_size(vis_size), read_size(ir_size)
+        return SavedTransform(transform, vis, ir, _local(value, vis))
     except (KeyError, TypeError, DataError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"cannot read {name}: {what}") from error
+
+
+def _local(value: dict[str, Any], vis_size: tuple[int, int]) -> DisplacementField | None:
+    """The local correction of a registration, where it has one that is applied."""
+    local = value.get("local")
+    if not isinstance(local, dict) or local.get("field") is None:
+        return None
+    field = DisplacementField.from_dict(local["field"])
+    if field.size != vis_size:
+        raise DataError(f"its local correction is of {field.size} pixels, the visible image of {vis_size}")
+    return field
 
 
 def _band(name: str, bands: list[Any], wanted: str | None) -> dict[str, Any]:
@@ -84,7 +99,7 @@ def apply_transform(
     nodata: float = 0,
     name: str = "the image",
 ) -> NDArray[Any]:
-    """Warps an image onto the visible one by a saved transform; the type is kept.
+    """Warps an image onto the visible one by a saved transform, with its local correction; the type is kept.
 
     Args:
         saved: the transform.
@@ -113,4 +128,5 @@ def apply_transform(
         size = max(1, round(width * across)), max(1, round(height * down))
     to_vis = np.linalg.inv(resize_matrix(size[0] / saved.vis_size[0], size[1] / saved.vis_size[1]))
     transform = resize_matrix(across, down) @ saved.transform @ to_vis
-    return warp_image(image, transform, size, nodata=nodata)
+    displacement = None if saved.local is None else saved.local.resized(size).on_grid
+    return warp_image(image, transform, size, nodata=nodata, displacement=displacement)

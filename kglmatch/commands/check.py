@@ -27,16 +27,27 @@ from kglmatch.commands.common_rasters import (
     load_grey,
     masked,
 )
+from kglmatch.commands.evidence import (
+    Writers,
+    add_evidence_options,
+    evidence_outputs,
+    map_frame,
+    report_writer,
+    table_writers,
+)
 from kglmatch.options import CHECK_DISPLACEMENTS, DEFAULT_CHECK_DISPLACEMENT
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kglmatch.registration.files import MapFrame
     from kglmatch.registration.results import RegistrationCheck
-    from kglmatch.visualize import Picture
 
 EPILOG = """exit code: 0, or 1 if the verdict is failed: then it is not known how far apart the images are.
 
 examples:
-  kglmatch check scene_vis.png aligned.png -o report.png
+  kglmatch check scene_vis.png aligned.png -o arrows.png --report report.html
   kglmatch check ortho.tif thermal.tif --max-displacement 60m   (GeoTIFFs on any two grids)
 """
 
@@ -53,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("vis", metavar="VIS", type=Path, help="the visible image")
     parser.add_argument("ir", metavar="IR", type=Path, help="the image of the other sensor, of the same size")
-    outputs = parser.add_argument_group("outputs")
+    outputs = parser.add_argument_group("outputs", "all are written together, or none")
     outputs.add_argument(
         "-o",
         "--output",
@@ -61,6 +72,7 @@ def add_parser(subparsers: Any) -> None:
         type=output_path,
         help="draw the displacements as arrows over the visible image",
     )
+    add_evidence_options(outputs)
     add_json_option(outputs)
     how = parser.add_argument_group("check")
     how.add_argument(
@@ -84,18 +96,21 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    from kglmatch.images import check_image_name, save_image
+    from kglmatch.files import atomic_outputs
+    from kglmatch.images import check_image_name
 
     if args.output is not None:
         check_image_name(args.output)
     metres = isinstance(args.max_displacement, str)
     needs = {f"--max-displacement {args.max_displacement}": metres}
     on_map = is_map_pair(args.vis, args.ir, args.vis_band, args.ir_band, needs)
-    found, picture, device, seconds = (_check_rasters if on_map else _check_images)(args)
+    found, writers, device, seconds = (_check_rasters if on_map else _check_images)(args)
     written = []
-    if args.output is not None and picture is not None:
-        save_image(args.output, picture)
-        written.append(args.output)
+    with atomic_outputs():
+        for path, write in writers:
+            if path is not None:
+                write(path)
+                written.append(path)
     if args.json:
         print_json(
             {
@@ -123,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-Checked = tuple["RegistrationCheck", "Picture | None", str, float]
+Checked = tuple["RegistrationCheck", Writers, str, float]
 
 
 def _check_images(args: argparse.Namespace) -> Checked:
@@ -137,7 +152,8 @@ def _check_images(args: argparse.Namespace) -> Checked:
             f"{args.vis} is {vis.shape[1]} x {vis.shape[0]}, {args.ir} {ir.shape[1]} x {ir.shape[0]}: "
             "check needs images of one size that should be aligned; kglmatch register takes any two"
         )
-    check_outputs({"-o": args.output}, files(args.vis, args.ir))
+    check_outputs({"-o": args.output, **evidence_outputs(args)}, files(args.vis, args.ir))
+    frame = map_frame(args, files(args.vis)[0])
     matcher = load_matcher(args)
     from kglmatch.patch_matcher import check_image_size
 
@@ -147,15 +163,20 @@ def _check_images(args: argparse.Namespace) -> Checked:
     found = matcher.check(
         masked(vis, valid_vis), masked(ir, valid_ir), max_displacement=args.max_displacement
     )
-    return found, _picture(args, vis, found), matcher.device, time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    return found, _writers(args, vis, ir, found, frame), matcher.device, seconds
 
 
 def _check_rasters(args: argparse.Namespace) -> Checked:
     """`_check_images` of two rasters, of what both cover on the map."""
     from kglmatch.geo.raster import Raster, gdal_settings
     from kglmatch.geo.register import check_rasters, common_scene
+    from kglmatch.images import save_image
+    from kglmatch.registration.evidence import tie_points_of
+    from kglmatch.registration.files import MapFrame
+    from kglmatch.visualize import draw_displacement
 
-    check_outputs({"-o": args.output}, files(args.vis, args.ir))
+    check_outputs({"-o": args.output, **evidence_outputs(args)}, files(args.vis, args.ir))
     with (
         gdal_settings(),
         Raster(args.vis, args.vis_band, args.nodata) as vis,
@@ -166,16 +187,36 @@ def _check_rasters(args: argparse.Namespace) -> Checked:
         began = time.perf_counter()
         result = check_rasters(matcher, vis, ir, max_displacement=args.max_displacement)
         seconds = time.perf_counter() - began
-        picture = None if args.output is None else _picture(args, *result.preview(vis))
-    return result.check, picture, matcher.device, seconds
+        writers: Writers = []
+        if args.output is not None or any(evidence_outputs(args).values()):
+            image, small = result.preview(vis)
+            frame = MapFrame(result.grid.matrix[:2], result.grid.crs.to_epsg())
+            writers = [(args.output, lambda path: save_image(path, draw_displacement(image, small)))]
+            writers += table_writers(args, tie_points_of(result.check), result.check, frame)
+            if args.report is not None:
+                grid = result.grid.resized(small.image_size)
+                images = image, ir.on(grid)[0]
+                names = str(args.vis), str(args.ir)
+                writers += report_writer(args, images, names, small, pixel_size=grid.metres_per_pixel())
+    return result.check, writers, matcher.device, seconds
 
 
-def _picture(args: argparse.Namespace, vis: Any, found: RegistrationCheck) -> Picture | None:
-    if args.output is None:
-        return None
+def _writers(
+    args: argparse.Namespace,
+    vis: NDArray[np.float32],
+    ir: NDArray[np.float32],
+    found: RegistrationCheck,
+    frame: MapFrame | None,
+) -> Writers:
+    """What was asked for, and what writes it."""
+    from kglmatch.images import save_image
+    from kglmatch.registration.evidence import tie_points_of
     from kglmatch.visualize import draw_displacement
 
-    return draw_displacement(vis, found)
+    names = str(args.vis), str(args.ir)
+    writers: Writers = [(args.output, lambda path: save_image(path, draw_displacement(vis, found)))]
+    writers += table_writers(args, tie_points_of(found), found, frame)
+    return writers + report_writer(args, (vis, ir), names, found)
 
 
 def _lines(found: RegistrationCheck) -> list[str]:

@@ -14,6 +14,7 @@ from kglmatch.options import BACKENDS, DEFAULT_MODEL, DTYPES
 if TYPE_CHECKING:
     from kglmatch.features import Matches
     from kglmatch.matcher import Matcher
+    from kglmatch.registration.displacement import LocalCorrection
     from kglmatch.registration.results import Registration
 
 DEVICE_HELP = '"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N" (default: auto)'
@@ -233,3 +234,14 @@ def registration_summary(found: Registration) -> str:
     residual = f", median residual {found.median_residual:.2f} px" if inliers else ""
     by = "" if found.proposer == OURS else f", proposed by {found.proposer}"
     return f"{verdict}: {found.kind}, {agreed}{residual}{by}"
+
+
+def local_effect(correction: LocalCorrection) -> str:
+    """What became of the local correction, in one line."""
+    if correction.field is None:
+        return f"local correction refused, the global transform is used: {correction.reason}"
+    return (
+        f"local correction: up to {correction.field.largest():.2f} px, {len(correction.points)} windows; "
+        f"correlation {correction.gain:+.3f} on held-out windows "
+        f"({correction.significance:.1f} standard errors)"
+    )

@@ -14,16 +14,19 @@ from kglmatch.commands.common import (
     as_matches,
     check_outputs,
     load_matcher,
+    local_effect,
     print_json,
     registration_summary,
     say,
 )
 from kglmatch.commands.common_rasters import files
+from kglmatch.commands.evidence import EVIDENCE, evidence_outputs, report_writer, table_writers
 from kglmatch.options import DEFAULT_MAP_ROTATION, DEFAULT_MAP_SCALE
 
 if TYPE_CHECKING:
     from kglmatch.geo.raster import Raster
     from kglmatch.geo.register import RasterRegistration
+    from kglmatch.matcher import Matcher
     from kglmatch.registration.proposals import Proposer
     from kglmatch.registration.results import Registration
 
@@ -33,11 +36,12 @@ _PICTURES = ("overlay", "checkerboard", "matches")
 def run_raster(args: argparse.Namespace, proposers: Sequence[Proposer] = ()) -> int:
     """Runs `kglmatch register` with the map as prior; returns the exit code."""
     from kglmatch.geo.raster import Raster, gdal_settings
-    from kglmatch.geo.register import register_rasters
+    from kglmatch.geo.register import correct_rasters, register_rasters
 
     ir_path = args.ir[0]
     _check_names(args)
     outputs = {f"--{name}": getattr(args, name) for name in (*_PICTURES, "yml", "gcp", "save")}
+    outputs |= evidence_outputs(args)
     check_outputs({"-o": args.output, **outputs}, files(args.vis, ir_path))
     kind = "translation" if args.shift_only else args.kind
     with (
@@ -59,8 +63,10 @@ def run_raster(args: argparse.Namespace, proposers: Sequence[Proposer] = ()) -> 
             proposers=proposers,
             progress=True,
         )
+        if args.local:
+            found = correct_rasters(matcher, vis, ir, found)
         seconds = time.perf_counter() - began
-        written = _write(args, vis, ir, found)
+        written = _write(args, matcher, vis, ir, found)
     registration = found.registration
     if args.json:
         facts = {"vis": str(args.vis), "ir": str(ir_path), "model": args.model, "device": matcher.device}
@@ -87,6 +93,8 @@ def _check_names(args: argparse.Namespace) -> None:
 
     if args.output is not None:
         check_ending(args.output, GEOTIFF, "a raster")
+    if args.shift_only and args.local:
+        raise OutputError("--shift-only keeps the pixels, and --local moves them: give one of them")
     if args.shift_only and args.output is None:
         raise OutputError("--shift-only says what is written: name the file by -o")
 
@@ -108,7 +116,9 @@ def _check_pair(args: argparse.Namespace, vis: Raster, ir: Raster) -> None:
             say(f"{name}: {raster.source.count} bands; {raster.describe_bands()} is matched")
 
 
-def _write(args: argparse.Namespace, vis: Raster, ir: Raster, found: RasterRegistration) -> list[Path]:
+def _write(
+    args: argparse.Namespace, matcher: Matcher, vis: Raster, ir: Raster, found: RasterRegistration
+) -> list[Path]:
     """Writes what was asked for and can be, all of it or nothing; the files."""
     import numpy as np
 
@@ -129,7 +139,13 @@ def _write(args: argparse.Namespace, vis: Raster, ir: Raster, found: RasterRegis
             save_shifted(ir, path, found.map_shift())
         elif transform is not None:
             save_on_grid(
-                ir, path, found.grid, transform, resampling=args.resampling, own=found.ir_grid, progress=True
+                ir,
+                path,
+                found.grid,
+                found.mapping(),
+                resampling=args.resampling,
+                own=found.ir_grid,
+                progress=True,
             )
 
     def points(path: Path) -> None:
@@ -146,11 +162,15 @@ def _write(args: argparse.Namespace, vis: Raster, ir: Raster, found: RasterRegis
         if any(pictures):
             vis_image, ir_image, small = preview(vis, ir, found)
             writers += _pictures(args, vis_image, ir_image, small)
+        writers += _evidence(args, matcher, vis, ir, found)
         writers += [
             (args.output, raster),
             (args.yml, lambda path: save_yml(path, found.in_ir_pixels())),
             (args.gcp, points),
         ]
+    elif args.report is not None:
+        images = preview(vis, ir, found)[:2]
+        writers += report_writer(args, images, (str(args.vis), str(args.ir[0])), None, found.registration)
     writers.append((args.save, everything))
     written = []
     with atomic_outputs():
@@ -161,18 +181,44 @@ def _write(args: argparse.Namespace, vis: Raster, ir: Raster, found: RasterRegis
     return written
 
 
+def _evidence(
+    args: argparse.Namespace, matcher: Matcher, vis: Raster, ir: Raster, found: RasterRegistration
+) -> list[tuple[Path | None, Callable[[Path], None]]]:
+    """Report, tie points and residual field; the residuals are measured on what `preview` gives."""
+    from kglmatch.geo.register import preview
+    from kglmatch.registration.evidence import tie_points_of
+    from kglmatch.registration.files import MapFrame
+
+    if not any(getattr(args, name) for name in EVIDENCE):
+        return []
+    points = tie_points_of(found.registration)
+    points = dataclasses.replace(points, ir=found.to_ir_pixels(points.ir))
+    frame = MapFrame(found.grid.matrix[:2], found.grid.crs.to_epsg())
+    if args.report is None and args.residual_field is None:
+        return table_writers(args, points, None, frame)
+    vis_image, ir_image, small = preview(vis, ir, found)
+    check = matcher.check(vis_image, small.warp(ir_image))
+    writers = table_writers(args, points, found.check_on_grid(check), frame)
+    names = str(args.vis), str(args.ir[0])
+    metres = found.grid.resized(small.vis_size).metres_per_pixel()
+    return writers + report_writer(args, (vis_image, ir_image), names, check, small, metres)
+
+
 def _pictures(
     args: argparse.Namespace, vis: Any, ir: Any, found: Registration
 ) -> list[tuple[Path | None, Callable[[Path], None]]]:
     from kglmatch.images import save_image
     from kglmatch.visualize import draw_checkerboard, draw_matches, draw_overlay
 
-    transform = found.transform
+    transform, local = found.transform, found.local
     if transform is None:
         return []
     return [
-        (args.overlay, lambda path: save_image(path, draw_overlay(vis, ir, transform))),
-        (args.checkerboard, lambda path: save_image(path, draw_checkerboard(vis, ir, transform))),
+        (args.overlay, lambda path: save_image(path, draw_overlay(vis, ir, transform, local=local))),
+        (
+            args.checkerboard,
+            lambda path: save_image(path, draw_checkerboard(vis, ir, transform, local=local)),
+        ),
         (args.matches, lambda path: save_image(path, draw_matches(vis, ir, as_matches(found)))),
     ]
 
@@ -186,4 +232,6 @@ def _lines(found: RasterRegistration, path: Path, seconds: float, device: str) -
             f"{path} belongs {abs(east):.2f} m {'east' if east >= 0 else 'west'} and {abs(north):.2f} m "
             f"{'north' if north >= 0 else 'south'} of where its map puts it"
         )
+        if registration.correction is not None:
+            lines.append(local_effect(registration.correction))
     return lines

@@ -17,6 +17,7 @@ from kglmatch.commands.common import (
     as_matches,
     check_outputs,
     load_matcher,
+    local_effect,
     non_negative_float,
     number,
     output_path,
@@ -34,6 +35,14 @@ from kglmatch.commands.common_rasters import (
     masked,
 )
 from kglmatch.commands.common_register import run_raster
+from kglmatch.commands.evidence import (
+    EVIDENCE,
+    add_evidence_options,
+    evidence_outputs,
+    map_frame,
+    report_writer,
+    table_writers,
+)
 from kglmatch.options import (
     DEFAULT_BAND_ROTATION,
     DEFAULT_BAND_SCALE,
@@ -56,10 +65,10 @@ if TYPE_CHECKING:
     from kglmatch.proposers import OpenCVProposer
     from kglmatch.registration.files import MapFrame, TiffFields
     from kglmatch.registration.limits import Limits
-    from kglmatch.registration.results import BandRegistration, Registration
+    from kglmatch.registration.results import BandRegistration, Registration, RegistrationCheck
 
 # Outputs of one VIS and one IR.
-_SINGLE = ("overlay", "checkerboard", "matches", "yml", "gcp")
+_SINGLE = ("overlay", "checkerboard", "matches", "yml", "gcp", *EVIDENCE)
 
 EPILOG = """exit code: 0 if every image was registered (or is doubtful, which is said), 1 if one failed,
 which is then not written, 2 for a mistake.
@@ -68,6 +77,7 @@ examples:
   kglmatch register scene_vis.png scene_nir.tif -o aligned.tif --overlay overlay.png
   kglmatch register rgb.jpg thermal.tif --gcp thermal.points --json
   kglmatch register ortho.tif thermal.tif:3 -o aligned.tif --max-displacement 60m   (GeoTIFFs)
+  kglmatch register red.tif sar.tif -o aligned.tif --local --report report.html
   kglmatch register green.tif red.tif rededge.tif nir.tif -o stack.tif   (a rig: all onto the first)
 """
 
@@ -82,6 +92,7 @@ class _Inputs:
         raws: images to warp, of their own types: IR; or the reference and the bands; none without -o.
         map_tags: the GeoTIFF tags of VIS, for the image or stack that is written.
         frame: the map frame of VIS, for ground control points; None where none are asked for.
+        evidence_frame: the same for tie points and the residual field; None also where VIS has no map.
     """
 
     greys: list[NDArray[np.float32]]
@@ -89,6 +100,7 @@ class _Inputs:
     raws: list[NDArray[Any]]
     map_tags: TiffFields
     frame: MapFrame | None
+    evidence_frame: MapFrame | None = None
 
 
 def add_parser(subparsers: Any) -> None:
@@ -143,6 +155,7 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
     outputs.add_argument(
         "--save", metavar="FILE", type=output_path, help="write all that was found, failed or not: .json"
     )
+    add_evidence_options(outputs)
     outputs.add_argument(
         "--nodata",
         metavar="V",
@@ -180,6 +193,12 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         choices=KINDS,
         default=DEFAULT_KIND,
         help="of transform; auto: the simplest that no other clearly beats (default: %(default)s)",
+    )
+    how.add_argument(
+        "--local",
+        action="store_true",
+        help="also correct the smooth displacement that the transform leaves over, where the images "
+        "support it",
     )
     how.add_argument(
         "--max-displacement",
@@ -223,7 +242,10 @@ def run(args: argparse.Namespace) -> int:
     if not rig and is_map_pair(args.vis, args.ir[0], args.vis_band, args.ir_band, _needs_map(args)):
         return run_raster(args, proposers)
     inputs = _read(args, rig)
-    outputs = {f"--{name}": getattr(args, name) for name in (*_SINGLE, "save")}
+    outputs = {
+        **{f"--{name}": getattr(args, name) for name in (*_SINGLE, "save") if name not in EVIDENCE},
+        **evidence_outputs(args),
+    }
     check_outputs({"-o": args.output, **outputs}, files(args.vis, *args.ir))
     matcher = load_matcher(args)
     from kglmatch.patch_matcher import check_image_size
@@ -273,10 +295,14 @@ def _check_names(args: argparse.Namespace, rig: bool) -> None:
         for option, given in _needs_map(args).items():
             if given:
                 raise OutputError(f"{option} is for one VIS and one IR, got {len(args.ir)} bands")
+        if args.local:
+            raise OutputError(
+                f"--local is for one VIS and one IR, got {len(args.ir)} bands; register that band on its own"
+            )
         for name in _SINGLE:
             if getattr(args, name) is not None:
                 raise OutputError(
-                    f"--{name} is for one VIS and one IR, got {len(args.ir)} bands; "
+                    f"--{name.replace('_', '-')} is for one VIS and one IR, got {len(args.ir)} bands; "
                     "register that band on its own"
                 )
         if args.output is not None:
@@ -306,7 +332,7 @@ def _read(args: argparse.Namespace, rig: bool) -> _Inputs:
     on_map = args.output is not None and args.output.suffix.lower() in STACK
     map_tags = read_map_tags(files(args.vis)[0]) if on_map else []
     frame = None if args.gcp is None else read_map_frame(files(args.vis)[0])
-    return _Inputs(greys, valid, raws, map_tags, frame)
+    return _Inputs(greys, valid, raws, map_tags, frame, map_frame(args, files(args.vis)[0]))
 
 
 def _read_raw(args: argparse.Namespace, rig: bool) -> list[NDArray[Any]]:
@@ -351,9 +377,12 @@ def _run_pair(
     path = args.ir[0]
     began = time.perf_counter()
     images = [masked(grey, valid) for grey, valid in zip(inputs.greys, inputs.valid, strict=True)]
-    found = matcher.register(*images, **asdict(limits), proposers=proposers)
+    found = matcher.register(*images, **asdict(limits), proposers=proposers, local=args.local)
     seconds = time.perf_counter() - began
-    written = _write_pair(args, inputs, found)
+    check = None
+    if found.transform is not None and (args.report or args.residual_field):
+        check = matcher.check(images[0], found.warp(inputs.greys[1]))
+    written = _write_pair(args, inputs, found, check)
     if args.json:
         facts = {"vis": str(args.vis), "ir": str(path), "model": args.model, "device": matcher.device}
         print_json({**facts, **found.to_dict(), **_timing(seconds, written)})
@@ -361,6 +390,8 @@ def _run_pair(
         print(f"{registration_summary(found)} ({seconds:.1f} s on {matcher.device})")
         if found.transform is not None:
             print(_effect(found, found.transform))
+            if found.correction is not None:
+                print(local_effect(found.correction))
         for name in written:
             print(f"wrote {name}")
     for error in found.errors:
@@ -374,10 +405,13 @@ def _run_pair(
     return 0
 
 
-def _write_pair(args: argparse.Namespace, inputs: _Inputs, found: Registration) -> list[Path]:
+def _write_pair(
+    args: argparse.Namespace, inputs: _Inputs, found: Registration, check: RegistrationCheck | None
+) -> list[Path]:
     """Writes what was asked for and can be, all of it or nothing; the files."""
     from kglmatch.files import atomic_outputs
     from kglmatch.images import save_image
+    from kglmatch.registration.evidence import tie_points_of
     from kglmatch.registration.files import (
         NO_MAP,
         registration_to_dict,
@@ -390,15 +424,22 @@ def _write_pair(args: argparse.Namespace, inputs: _Inputs, found: Registration) 
     vis, ir = inputs.greys
     writers: list[tuple[Path | None, Callable[[Path], None]]] = []
     if found.transform is not None:
-        transform = found.transform
+        transform, local = found.transform, found.local
         writers = [
             (args.output, lambda path: _write_warped(args, path, inputs, found)),
-            (args.overlay, lambda path: save_image(path, draw_overlay(vis, ir, transform))),
-            (args.checkerboard, lambda path: save_image(path, draw_checkerboard(vis, ir, transform))),
+            (args.overlay, lambda path: save_image(path, draw_overlay(vis, ir, transform, local=local))),
+            (
+                args.checkerboard,
+                lambda path: save_image(path, draw_checkerboard(vis, ir, transform, local=local)),
+            ),
             (args.matches, lambda path: save_image(path, draw_matches(vis, ir, as_matches(found)))),
             (args.yml, lambda path: save_yml(path, found)),
             (args.gcp, lambda path: save_control_points(path, found, inputs.frame or NO_MAP)),
         ]
+    names = str(args.vis), str(args.ir[0])
+    if found.transform is not None:
+        writers += table_writers(args, tie_points_of(found), check, inputs.evidence_frame)
+    writers += report_writer(args, (vis, ir), names, check, found)
     writers.append((args.save, lambda path: save_json(path, registration_to_dict(found))))
     written = []
     with atomic_outputs():
@@ -427,7 +468,9 @@ def _warp(found: Registration, raw: NDArray[Any], nodata: float | None) -> NDArr
 
     if nodata is None or found.transform is None:
         return found.warp(raw)
-    return warp_around_nodata(raw, found.transform, found.vis_size, nodata=nodata)
+    return warp_around_nodata(
+        raw, found.transform, found.vis_size, nodata=nodata, displacement=found.displacement
+    )
 
 
 # --- a rig ----------------------------------------------------------------------------------------

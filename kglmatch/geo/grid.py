@@ -65,6 +65,11 @@ class Grid:
         matrix = self.matrix @ _shift(x, y) @ resize_matrix(step, step)
         return Grid(self.crs, matrix, width, height)
 
+    def resized(self, size: tuple[int, int]) -> Grid:
+        """The grid of a resized copy of the image, (width, height)."""
+        scale = resize_matrix(self.width / size[0], self.height / size[1])
+        return Grid(self.crs, self.matrix @ scale, *size)
+
     def moved(self, transform: Matrix) -> Grid:
         """The grid at whose pixels another image shows what this grid's pixels show.
 

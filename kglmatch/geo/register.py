@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from kglmatch.options import (
 from kglmatch.patch_matcher import PatchMatcher, check_image_size
 from kglmatch.progress import counter
 from kglmatch.registration.align import Alignment, align, refine, same_place
+from kglmatch.registration.corrected import correct_locally
 from kglmatch.registration.limits import Limits, within_limits
 from kglmatch.registration.masks import Masks, fill
 from kglmatch.registration.proposals import Proposer, propose
@@ -85,6 +86,27 @@ class RasterRegistration:
             keypoints_ir=self.to_ir_pixels(found.keypoints_ir).astype(np.float32),
             ir_size=grid_size(self.ir_grid),
         )
+
+    def mapping(self) -> Matrix | Callable[[Matrix], Matrix]:
+        """From pixels of the grid to where the second raster shows their content, in pixels of that grid.
+
+        (3, 3), or a function of (N, 2) xy where there is a local correction.
+
+        Raises:
+            KGLMatchError: the registration failed.
+        """
+        transform, field = self.registration.transform, self.registration.local
+        if transform is None:
+            raise KGLMatchError("the registration failed: there is no transform")
+        if field is None:
+            return transform
+        return lambda points: transform_points(transform, points + field.at(points))
+
+    def check_on_grid(self, check: RegistrationCheck) -> RegistrationCheck:
+        """A check of what `preview` gave, in pixels of the grid."""
+        width, height = check.image_size
+        scale = resize_matrix(self.grid.width / width, self.grid.height / height)
+        return _scaled_check(check, scale, grid_size(self.grid))
 
     def map_shift(self) -> Matrix:
         """(2,) what to add to the map coordinates of the second raster, in its own reference system."""
@@ -242,6 +264,25 @@ def preview(
     return *images, _scaled(found.registration, scale, grid_size(small))
 
 
+def correct_rasters(
+    matcher: PatchMatcher, vis: Raster, ir: Raster, found: RasterRegistration
+) -> RasterRegistration:
+    """The registration of two rasters with a local correction, measured on at most 2048 pixels a side.
+
+    Args:
+        matcher: scores the places.
+        vis, ir: the rasters that were registered.
+        found: their registration; one that failed stays as it is.
+    """
+    if found.registration.transform is None:
+        return found
+    corrected = correct_locally(matcher, *preview(vis, ir, found))
+    width, height = corrected.vis_size
+    scale = resize_matrix(found.grid.width / width, found.grid.height / height)
+    whole = _scaled(corrected, scale, grid_size(found.grid))
+    return dataclasses.replace(found, registration=whole)
+
+
 def check_rasters(
     matcher: PatchMatcher,
     vis: Raster | str | os.PathLike[str],
@@ -335,8 +376,7 @@ def _coarse(grid: Grid, factor: float) -> Grid:
     if factor == 1:
         return grid
     width, height = (max(1, round(side / factor)) for side in grid_size(grid))
-    scale = resize_matrix(grid.width / width, grid.height / height)
-    return Grid(grid.crs, grid.matrix @ scale, width, height)
+    return grid.resized((width, height))
 
 
 def _check_pair(scene: Scene, grid: Grid, images: tuple[Any, ...], patch_size: int) -> None:

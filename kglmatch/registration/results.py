@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from kglmatch.errors import KGLMatchError
 from kglmatch.options import TransformKind
-from kglmatch.resampling import Interpolation, covered_by, warp_image
+from kglmatch.registration.displacement import DisplacementField, LocalCorrection
+from kglmatch.resampling import Displacement, Interpolation, covered_by, warp_image
 
 Verdict = Literal["registered", "doubtful", "failed"]
 
@@ -41,6 +42,9 @@ class Registration:
         proposer: what proposed the transform: "kglmatch", or one of `Matcher.register`'s proposers by its
             name; "given" for `Matcher.verify`.
         errors: one line for each proposer that raised, or returned neither matches nor a transform.
+        correction: of `Matcher.register(..., local=True)`: the displacement that the transform leaves over,
+            and whether the images support it; None where it was not asked for. Where it is applied, the
+            places above are its windows, and the predicted places are those of transform and field together.
     """
 
     verdict: Verdict
@@ -59,6 +63,19 @@ class Registration:
     ir_size: tuple[int, int]
     proposer: str = OURS
     errors: tuple[str, ...] = ()
+    correction: LocalCorrection | None = None
+
+    @property
+    def local(self) -> DisplacementField | None:
+        """The displacement u of the visible pixels: x is at transform(x + u(x)); None for none."""
+        field = None if self.correction is None else self.correction.field
+        # A field has the same effect at any resolution.
+        return field if field is None or field.size == self.vis_size else field.resized(self.vis_size)
+
+    @property
+    def displacement(self) -> Displacement | None:
+        """`local` for `kglmatch.resampling.warp_image`."""
+        return None if self.local is None else self.local.on_grid
 
     @property
     def median_residual(self) -> float:
@@ -68,7 +85,7 @@ class Registration:
     def warp(
         self, image: NDArray[Any], *, nodata: float = 0, interpolation: Interpolation | None = None
     ) -> NDArray[Any]:
-        """Warps an image of the other sensor onto the visible one.
+        """Warps an image of the other sensor onto the visible one, by transform and field in one step.
 
         Args:
             image: (H, W) or (H, W, C) in the other sensor's frame, with any number of channels; bool,
@@ -93,13 +110,21 @@ class Registration:
                 f"the image is {image.shape[1]} x {image.shape[0]}, the registered one was "
                 f"{self.ir_size[0]} x {self.ir_size[1]}"
             )
-        return warp_image(image, self.transform, self.vis_size, nodata=nodata, interpolation=interpolation)
+        return warp_image(
+            image,
+            self.transform,
+            self.vis_size,
+            nodata=nodata,
+            interpolation=interpolation,
+            displacement=self.displacement,
+        )
 
     def covered(self) -> NDArray[np.bool_]:
         """(height, width) of the visible image: which of its pixels the other image covers."""
         if self.transform is None:
             return np.zeros(self.vis_size[::-1], bool)
-        return covered_by(self.transform, self.vis_size, np.ones(self.ir_size[::-1], bool))
+        valid = np.ones(self.ir_size[::-1], bool)
+        return covered_by(self.transform, self.vis_size, valid, displacement=self.displacement)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, without the single places; NaN becomes None."""
@@ -119,6 +144,7 @@ class Registration:
             "ir_size": list(self.ir_size),
             "proposer": self.proposer,
             "errors": list(self.errors),
+            "local": None if self.correction is None else self.correction.to_dict(),
         }
 
 
