@@ -90,7 +90,7 @@ def save_report(
         path: .html or .htm.
         vis, ir: (H, W) float32 grey, as they were registered or checked.
         check: residual displacements: of the two images, or, with a registration, of the visible image and
-            the warped one (`Matcher.check(vis, registration.warp(ir))`). None where there is nothing to check.
+            the warped one (`Matcher.check(vis, registration.warp(ir))`). None where nothing was checked.
         registration: what was found; None for the report of a check.
         names: of the two images.
         model: that judged.
@@ -128,9 +128,9 @@ def _page(
         _cards(accuracy, check, pixel_size),
     ]
     if registration is None or registration.transform is not None:
-        parts.append(_pictures(vis, ir, registration))
+        parts.append(_pictures(vis, ir, registration, None if accuracy is None else check))
     if check is not None and accuracy is not None:
-        parts.append(_residuals(vis, check, accuracy, pixel_size))
+        parts.append(_residuals(check, accuracy, pixel_size))
     if registration is not None and registration.transform is not None:
         parts.append(_transform(registration, registration.transform))
     parts.append(_provenance(vis, ir, names, model, command, pixel_size))
@@ -167,8 +167,9 @@ def _reasons(
         lines += [
             f"Confidence {registration.confidence:.2f}; the verdict is <i>registered</i> from 0.50.",
             f"Structure: held-out windows support the transform with {registration.support:.2f} "
-            f"(nothing below 0.12); {inliers} of {places} places agree with it.",
-            f"Network: aligned patches are more alike than {100 * registration.agreement:.0f} % of the others "
+            f"(below 0.12 it says nothing); {inliers} of {places} places agree with it.",
+            f"Network: aligned patches are more alike than {100 * registration.agreement:.0f} % of the "
+            f"others "
             "(50 % by chance).",
         ]
         if registration.num_matches:
@@ -178,7 +179,8 @@ def _reasons(
         correction = registration.correction
         if correction is not None and correction.field is not None:
             lines.append(
-                f"Local correction applied: up to {correction.field.largest():.2f} px; on windows that its fit "
+                f"Local correction applied: up to {correction.field.largest():.2f} px; on windows that its "
+                f"fit "
                 f"did not see, correlation rises by {correction.gain:.3f} "
                 f"({correction.significance:.1f} standard errors)."
             )
@@ -192,7 +194,8 @@ def _reasons(
             lines.append(f"Residual displacements {where} could not be measured.")
         else:
             lines.append(
-                f"Residual displacements {where}: {accuracy.count} of {len(check.points)} points could be judged."
+                f"Residual displacements {where}: {accuracy.count} of {len(check.points)} points could be "
+                f"judged."
             )
     meaning = {
         "registered": "The evidence supports this result.",
@@ -214,7 +217,7 @@ def _cards(accuracy: Accuracy | None, check: RegistrationCheck | None, pixel_siz
     ]
     cards = [_card(name, f"{value:.2f} px", _metres(value, pixel_size)) for name, value in values]
     x, y = accuracy.bias
-    cards.append(_card("mean shift", f"{x:+.2f}, {y:+.2f} px", _metres((x, y), pixel_size)))
+    cards.append(_card("mean shift", f"{x:+.2f}, {y:+.2f}", "px" + _metres((x, y), pixel_size, "; ")))
     cards.append(_card("judged", f"{100 * check.judged_share:.0f} %", f"{accuracy.count} points"))
     return f'<section class="cards">{"".join(cards)}</section>'
 
@@ -223,18 +226,19 @@ def _card(name: str, value: str, below: str) -> str:
     return f'<div class="card"><span>{name}</span><strong>{value}</strong><em>{below}</em></div>'
 
 
-def _metres(value: float | tuple[float, float], pixel_size: float | None) -> str:
+def _metres(value: float | tuple[float, float], pixel_size: float | None, before: str = "") -> str:
     if pixel_size is None:
         return ""
     if isinstance(value, tuple):
-        return ", ".join(f"{v * pixel_size:+.3g}" for v in value) + " m"
-    return f"{value * pixel_size:.3g} m"
+        return before + ", ".join(f"{v * pixel_size:+.2f}" for v in value) + " m"
+    return f"{before}{value * pixel_size:.3g} m"
 
 
-def _pictures(vis: Image, ir: Image, registration: Registration | None) -> str:
-    transform = (
-        np.eye(3) if registration is None or registration.transform is None else registration.transform
-    )
+def _pictures(
+    vis: Image, ir: Image, registration: Registration | None, check: RegistrationCheck | None
+) -> str:
+    found = None if registration is None else registration.transform
+    transform = np.eye(3) if found is None else found
     local = None if registration is None else registration.local
     figures = []
     if registration is not None and vis.shape == ir.shape:
@@ -249,6 +253,13 @@ def _pictures(vis: Image, ir: Image, registration: Registration | None) -> str:
     figures.append(
         _figure(overlay, "Overlay", "edges that coincide are grey; red and cyan pairs of lines are apart")
     )
+    if check is not None:
+        wide = "" if len(figures) % 2 else ' class="wide"'
+        caption = (
+            "<b>Residual displacement</b> from where the content of the other image should be to where it "
+            f"is, drawn {_factor(check):g} x; brighter arrows are more certain, dots could not be judged"
+        )
+        figures.append(f"<figure{wide}>{_arrows(vis, check)}<figcaption>{caption}</figcaption></figure>")
     return f'<section><h2>Pictures</h2><div class="figures">{"".join(figures)}</div></section>'
 
 
@@ -269,14 +280,13 @@ def _data_uri(picture: NDArray[np.uint8]) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _residuals(vis: Image, check: RegistrationCheck, accuracy: Accuracy, pixel_size: float | None) -> str:
+def _residuals(check: RegistrationCheck, accuracy: Accuracy, pixel_size: float | None) -> str:
     return (
         "<section><h2>Residual displacement</h2><div class='figures'>"
-        f"<figure class='wide'>{_arrows(vis, check)}<figcaption>{_arrows_caption(check)}</figcaption></figure>"
-        f"<figure>{_histogram(check, accuracy, pixel_size)}<figcaption><b>Histogram</b> lengths of the residual "
+        f"<figure>{_histogram(check, accuracy, pixel_size)}<figcaption><b>Lengths</b> of the residual "
         f"displacements of {accuracy.count} points</figcaption></figure>"
-        f"<figure>{_scatter(check, accuracy)}<figcaption><b>Components</b> to the right and downwards, in pixels; "
-        "the circle is CE90 about no displacement</figcaption></figure></div></section>"
+        f"<figure>{_scatter(check, accuracy)}<figcaption><b>Components</b> to the right and downwards, in "
+        "pixels; the circle is CE90 about no displacement</figcaption></figure></div></section>"
     )
 
 
@@ -286,13 +296,6 @@ def _factor(check: RegistrationCheck) -> float:
     most = max(check.image_size) / 10 / max(float(np.percentile(length, 95)), 1e-3)
     steps = [r * 10.0**power for power in range(3) for r in _ROUND]
     return max((s for s in steps if s <= min(most, 100)), default=1.0)
-
-
-def _arrows_caption(check: RegistrationCheck) -> str:
-    return (
-        f"<b>Arrows</b> from where the content of the other image should be to where it is, drawn "
-        f"{_factor(check):g} x; brighter is more certain. Dots could not be judged."
-    )
 
 
 def _arrows(vis: Image, check: RegistrationCheck) -> str:
@@ -322,20 +325,21 @@ def _arrows(vis: Image, check: RegistrationCheck) -> str:
         marks.append(f'<path d="{path}" class="rim"/><path d="{path}" class="arrow" opacity="{opacity}"/>')
         marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{2.2 * unit:.2f}" class="start"/>')
     grey = np.rint(np.clip(vis, 0, 1) * 190).astype(np.uint8)
-    key = max(
-        (r * 10.0**p for p in range(-2, 3) for r in _ROUND if r * 10.0**p * factor <= width / 6), default=0.01
-    )
+    lengths = [r * 10.0**power for power in range(-2, 3) for r in _ROUND]
+    key = max((length for length in lengths if length * factor <= width / 6), default=lengths[0])
     key_x, key_y = 24 * unit, height - 24 * unit
     key_mark = (
         f'<rect x="{12 * unit:.1f}" y="{height - 58 * unit:.1f}" '
         f'width="{max(key * factor + 24 * unit, 110 * unit):.1f}" '
         f'height="{46 * unit:.1f}" rx="{6 * unit:.1f}" class="key"/>'
         f'<path d="M{key_x:.1f} {key_y:.1f}h{key * factor:.1f}" class="arrow"/>'
-        f'<text x="{key_x:.1f}" y="{key_y - 10 * unit:.1f}" font-size="{18 * unit:.1f}" class="label">{key:g} px</text>'
+        f'<text x="{key_x:.1f}" y="{key_y - 10 * unit:.1f}" font-size="{18 * unit:.1f}" '
+        f'class="label">{key:g} px</text>'
     )
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Residual displacement" '
-        f'style="--line:{2.2 * unit:.2f}px"><image href="{_data_uri(grey)}" width="{width}" height="{height}" '
+        f'style="--line:{2.2 * unit:.2f}px"><image href="{_data_uri(grey)}" width="{width}" '
+        f'height="{height}" '
         f'preserveAspectRatio="none"/>{"".join(marks)}{key_mark}</svg>'
     )
 
@@ -354,7 +358,7 @@ def _histogram(check: RegistrationCheck, accuracy: Accuracy, pixel_size: float |
     )
     ticks = []
     tick = _nice(edges[-1] / 6)
-    for value in np.arange(0, edges[-1] + 1e-9, tick).tolist():
+    for value in np.arange(0, 0.95 * edges[-1], tick).tolist():
         x = left + value * scale_x
         below = "" if pixel_size is None else f" ({value * pixel_size:.3g} m)"
         ticks.append(
@@ -368,13 +372,15 @@ def _histogram(check: RegistrationCheck, accuracy: Accuracy, pixel_size: float |
     # Labels start left of their line where it is far to the right, and the second one lower.
     marks = "".join(
         f'<path d="M{left + value * scale_x:.1f} {bottom}V{top}" class="mark"/>'
-        f'<text x="{left + value * scale_x + (5 if value * scale_x < 400 else -5):.1f}" y="{y}" class="marked" '
+        f'<text x="{left + value * scale_x + (5 if value * scale_x < 400 else -5):.1f}" y="{y}" '
+        f'class="marked" '
         f'text-anchor="{"start" if value * scale_x < 400 else "end"}">{name} {value:.2f}</text>'
         for name, value, y in (("RMSE", accuracy.rmse, top + 10), ("CE90", accuracy.ce90, top + 28))
     )
     return (
         f'<svg viewBox="0 0 600 350" role="img" aria-label="Histogram">{"".join(ticks)}{bars}{marks}'
-        f'<text x="{(left + right) / 2}" y="{bottom + 42}" class="tick" text-anchor="middle">pixels</text></svg>'
+        f'<text x="{(left + right) / 2}" y="{bottom + 42}" class="tick" '
+        f'text-anchor="middle">pixels</text></svg>'
     )
 
 
@@ -390,8 +396,10 @@ def _scatter(check: RegistrationCheck, accuracy: Accuracy) -> str:
     )
     tick = _nice(reach / 2)
     ticks = "".join(
-        f'<path d="M{middle_x + v * scale:.1f} {top}v{side}M{left} {middle_y + v * scale:.1f}h{side}" class="rule"/>'
-        f'<text x="{middle_x + v * scale:.1f}" y="{top + side + 18}" class="tick" text-anchor="middle">{v:g}</text>'
+        f'<path d="M{middle_x + v * scale:.1f} {top}v{side}M{left} {middle_y + v * scale:.1f}h{side}" '
+        f'class="rule"/>'
+        f'<text x="{middle_x + v * scale:.1f}" y="{top + side + 18}" class="tick" '
+        f'text-anchor="middle">{v:g}</text>'
         f'<text x="{left - 6}" y="{middle_y + v * scale + 4:.1f}" class="tick" text-anchor="end">{v:g}</text>'
         for v in (np.arange(-int(reach / tick), int(reach / tick) + 1) * tick).tolist()
     )
@@ -417,7 +425,8 @@ def _transform(registration: Registration, transform: NDArray[np.float64]) -> st
     if local is not None:
         columns, down = local.cells
         more = (
-            f"<p>Before it, each visible pixel x is moved to x + u(x) by a cubic B-spline of {columns} x {down} "
+            f"<p>Before it, each visible pixel x is moved to x + u(x) by a cubic B-spline of {columns} x "
+            f"{down} "
             f"cells, up to {local.largest():.2f} px. The file of <code>--save</code> holds it.</p>"
         )
     return (
@@ -459,8 +468,10 @@ def _provenance(
     )
     return (
         f"<section><h2>How it was made</h2><table class='facts'>{body}</table>"
-        "<p class='note'>RMSE is the root of the mean squared length of the residual displacements at the points "
-        "that could be judged; CE90 is the length that 90 % of them do not exceed. Both are measured from the "
+        "<p class='note'>RMSE is the root of the mean squared length of the residual displacements at the "
+        "points "
+        "that could be judged; CE90 is the length that 90 % of them do not exceed. Both are measured from "
+        "the "
         "images' content, and include what the two sensors show differently.</p></section>"
     )
 
@@ -495,13 +506,15 @@ h2{font-size:19px;margin:0 0 14px}
 .pair{margin:6px 0 0;color:var(--quiet);overflow-wrap:anywhere}.pair b{color:var(--text);font-weight:600}
 .verdict{margin:0;padding:7px 18px;border-radius:999px;font-weight:600;color:#fff;white-space:nowrap}
 .registered{background:#1b7f4b}.doubtful{background:#a86400}.failed{background:#b3261e}
-section{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:20px 22px;margin:0 0 18px}
+section{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:20px 22px;
+margin:0 0 18px}
 .lead{margin:0 0 8px;font-size:17px;font-weight:600}
 ul{margin:0;padding-left:20px;color:var(--quiet)}li{margin:2px 0}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:1px;padding:0;overflow:hidden;
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:1px;padding:0;
+overflow:hidden;
 background:var(--rule)}
 .card{background:var(--card);padding:14px 18px;display:flex;flex-direction:column}
-.card span{color:var(--quiet);font-size:13px}.card strong{font-size:22px;font-weight:600;white-space:nowrap}
+.card span{color:var(--quiet);font-size:13px}.card strong{font-size:20px;font-weight:600;white-space:nowrap}
 .card em{font-style:normal;color:var(--quiet);font-size:13px;min-height:20px}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(480px,100%),1fr));gap:22px}
 figure{margin:0}.wide{grid-column:1/-1}
@@ -517,7 +530,8 @@ svg .rule{stroke:var(--rule);fill:none}svg .frame{stroke:var(--quiet);fill:none}
 svg .tick{fill:var(--quiet);font-size:13px}
 svg .mark{stroke:var(--text);stroke-dasharray:4 3;fill:none}svg .marked{fill:var(--text);font-size:13px}
 svg .ring{fill:none;stroke:var(--text);stroke-dasharray:4 3}
-table{border-collapse:collapse}.facts th{text-align:left;font-weight:600;padding:4px 24px 4px 0;vertical-align:top;
+table{border-collapse:collapse}
+.facts th{text-align:left;font-weight:600;padding:4px 24px 4px 0;vertical-align:top;
 white-space:nowrap}.facts td{padding:4px 0;overflow-wrap:anywhere}
 .matrix td{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:14px;text-align:right;
 padding:3px 26px 3px 0}

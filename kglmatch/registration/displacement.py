@@ -54,7 +54,7 @@ class DisplacementField:
     def basis(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
         """Weights (N, R * C) of the control displacements at xy pixels (N, 2)."""
         across, down = (self._weights(axis, points[:, axis]) for axis in (0, 1))
-        return (down[:, :, None] * across[:, None, :]).reshape(len(points), -1)
+        return (down[:, :, None] * across[:, None, :]).reshape(len(points), down.shape[1] * across.shape[1])
 
     def on_grid(self, columns: NDArray[np.floating], rows: NDArray[np.floating]) -> NDArray[np.float32]:
         """Displacements (h, w, 2) at every crossing of h rows and w columns, in pixels."""

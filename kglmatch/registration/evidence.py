@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import types
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,8 @@ def _save_geopackage(
     record["order"], record["type"], record["xy"] = 1, 1, at
     geometry = np.array([row.tobytes() for row in record], object)
     names = list(table)
-    with atomic_output(path) as temporary:
+    with atomic_output(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="'crs' was not provided")
         temporary.unlink()  # the driver creates the file; an empty one is not a GeoPackage
         raw.write(
             str(temporary),
@@ -184,8 +186,8 @@ def save_residual_field(
 ) -> None:
     """Writes the displacements of a check as a GeoTIFF of two float32 bands, in visible pixels.
 
-    Bands "dx" and "dy" show where the ir content was found minus where it should be, to the right and downwards.
-    A raster pixel is a point of the check's grid; NaN, the nodata value, where none was judged.
+    Bands "dx" and "dy" show where the ir content was found minus where it should be, to the right and
+    downwards. A raster pixel is a point of the check's grid; NaN, the nodata value, where none was judged.
 
     Args:
         frame: of the visible image; None where it has no map.

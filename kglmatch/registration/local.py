@@ -41,6 +41,8 @@ _AGREEMENT, _SOFTNESS = 1.2, 0.4
 _FOLD = (0.3, 3.0)
 _ITERATIONS, _TRIES = 8, 4  # of Levenberg-Marquardt
 _STILL = 0.02  # pixels: a step that ends it
+# What a field costs falls from round to round: the windows get finer, and the field nearly right.
+_RELAXED = 0.5
 _STIFFER = 3  # attempts at a field that does not fold
 _POOL = 4  # pixels that are added up before windows are formed
 _STRIDE = 1.5  # of a window's spread, between windows
@@ -232,8 +234,8 @@ class _Penalty:
 
     def matrix(self, by_cell: float, stiffness: float) -> Matrix:
         """(K, K); `by_cell` is the windows' number by cell, so that density does not matter."""
-        whole: Matrix = stiffness * (_SLOPE * self.slope + _BEND * self.bend) + _SIZE * self.size
-        return by_cell * whole
+        whole: Matrix = _SLOPE * self.slope + _BEND * self.bend + _SIZE * self.size
+        return (by_cell * stiffness) * whole
 
 
 def _fit(
@@ -377,7 +379,8 @@ def _fit_all(
         if number:
             measured = pair.measure(field, step)
         used = measured if part is None else measured[part[_blocks(measured.points, pair.size)]]
-        field = _fit(used, field, penalty, (2.0, 1.0) if number == 0 else (1.0, 0.5), stiffness)
+        sigmas = (2.0, 1.0) if number == 0 else (1.0, 0.5)
+        field = _fit(used, field, penalty, sigmas, stiffness * _RELAXED**number)
     return field, measured
 
 
