@@ -124,6 +124,14 @@ def test_registration_by_known_shifts(run, pairs):
     assert error < 0.3
 
 
+def test_local_correction(run, pairs):
+    printed = run("local.py", pairs, "--limit", 1, "--save", "found.json")
+    (row,) = json.loads(Path("found.json").read_text())
+    assert row["verdict"] == "registered" and row["global"] > row["local"] - 0.02
+    assert row["local"] < 1.5
+    assert "1 pairs, 0 not registered at all" in printed and "worse than global 0" in printed
+
+
 def test_published_registration_lists_the_pair_that_is_off(run, pairs, tmp_path):
     folder = Path(shutil.copytree(pairs, tmp_path / "field"))
     ir = cv2.imread(str(folder / "0001_nir.png"), cv2.IMREAD_GRAYSCALE)

@@ -243,3 +243,39 @@ def test_local_and_reports_are_for_one_pair(tmp_path, files, capsys):
     assert "--tie-points is for one VIS and one IR" in capsys.readouterr().err
     assert main(["check", *files, "--report", str(tmp_path / "r.pdf")]) == 2
     assert ".html" in capsys.readouterr().err
+
+
+def test_rasters_on_the_map_have_the_same_evidence(tmp_path, files, monkeypatch, capsys):
+    rasterio = pytest.importorskip("rasterio")
+    raw = pytest.importorskip("pyogrio.raw")
+    monkeypatch.setattr("kglmatch.commands.common_register.load_matcher", register_command.load_matcher)
+    rasters = []
+    for file in files:
+        pixels = cv2.imread(file, cv2.IMREAD_GRAYSCALE)
+        rasters.append(file.replace(".png", ".tif"))
+        profile = {"driver": "GTiff", "dtype": "uint8", "count": 1, "height": SIDE, "width": SIDE}
+        place = rasterio.Affine(10, 0, 441330, 0, -10, 4174960)
+        with rasterio.open(rasters[-1], "w", **profile, crs="EPSG:32618", transform=place) as file:
+            file.write(pixels, 1)
+    names = {"-o": "a.tif", "--report": "r.html", "--tie-points": "t.gpkg", "--residual-field": "f.tif"}
+    options = [part for option, name in names.items() for part in (option, str(tmp_path / name))]
+    assert main(["register", *rasters, "--local", "--kind", "translation", *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["local"]["applied"]
+    assert " m" in check_page(tmp_path / "r.html").text
+    meta, _, geometry, _ = raw.read(str(tmp_path / "t.gpkg"))
+    x, y = np.frombuffer(geometry[0][-16:], "<f8")
+    assert meta["crs"] == "EPSG:32618" and 441330 < x < 443890 and 4172400 < y < 4174960
+    with rasterio.open(tmp_path / "f.tif") as file:
+        left = file.read()
+        assert file.crs.to_epsg() == 32618
+    with rasterio.open(tmp_path / "a.tif") as file:
+        warped = file.read(1).astype(float)
+    # What is left of 3 pixels, and the raster itself is where the pictures show it.
+    assert np.nanmedian(np.hypot(*left)) < 0.7
+    ir = cv2.imread(files[1], cv2.IMREAD_GRAYSCALE).astype(float)
+    right = moved((ir / 255).astype(np.float32), wave(amplitude=3.0)) * 255
+    inner = np.s_[30:-30, 30:-30]
+    assert np.abs(warped - right)[inner].mean() < 0.5 * np.abs(ir - right)[inner].mean()
+    assert main(["register", *rasters, "--local", "--shift-only", "-o", str(tmp_path / "b.tif")]) == 2
+    assert "--shift-only" in capsys.readouterr().err

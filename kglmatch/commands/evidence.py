@@ -47,7 +47,7 @@ def add_evidence_options(outputs: argparse._ActionsContainer) -> None:
         "--pixel-size",
         metavar="M",
         type=positive_float,
-        help="ground size of a VIS pixel in metres, for the report (default: that of the map, if there is one)",
+        help="ground size of a VIS pixel in metres, for the report (default: the map's, if there is one)",
     )
 
 

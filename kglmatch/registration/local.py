@@ -224,7 +224,7 @@ class _Penalty:
             count = (across, down)[axis]
             d = np.diff(np.eye(count), order, axis=0)
             parts = (np.eye(down), d) if axis == 0 else (d, np.eye(across))
-            return np.kron(*parts)
+            return np.asarray(np.kron(*parts), np.float64)
 
         slope = [differences(1, axis) for axis in (0, 1)]
         bend = [differences(2, axis) for axis in (0, 1)]
@@ -235,7 +235,7 @@ class _Penalty:
     def matrix(self, by_cell: float, stiffness: float) -> Matrix:
         """(K, K); `by_cell` is the windows' number by cell, so that density does not matter."""
         whole: Matrix = _SLOPE * self.slope + _BEND * self.bend + _SIZE * self.size
-        return (by_cell * stiffness) * whole
+        return np.asarray((by_cell * stiffness) * whole, np.float64)
 
 
 def _fit(
@@ -303,10 +303,10 @@ def _from_peaks(measured: _Measured, basis: Matrix, cost: Matrix) -> Matrix:
     certainty = 1 / (1 + np.exp(-np.clip((height - _CLEAR) / 0.3, -30, 30)))
     found = measured.assumed + at / measured.factor
     weight: NDArray[np.floating] = certainty
-    control = np.zeros((basis.shape[1], 2))
+    control: Matrix = np.zeros((basis.shape[1], 2))
     for spread in (8.0, 4.0, 2.0, 1.5, 1.5):
         normal = basis.T @ (weight[:, None] * basis) + cost
-        control = np.linalg.solve(normal, basis.T @ (weight[:, None] * found))
+        control = np.asarray(np.linalg.solve(normal, basis.T @ (weight[:, None] * found)), np.float64)
         off = np.linalg.norm(found - basis @ control, axis=1) * measured.factor
         weight = certainty / (1 + (off / spread) ** 2) ** 2
     return control
