@@ -124,6 +124,7 @@ def test_registration_by_known_shifts(run, pairs):
     assert error < 0.3
 
 
+@pytest.mark.slow
 def test_local_correction(run, pairs):
     printed = run("local.py", pairs, "--limit", 1, "--save", "found.json")
     (row,) = json.loads(Path("found.json").read_text())

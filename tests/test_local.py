@@ -56,7 +56,7 @@ def registration(correction: LocalCorrection | None, transform: np.ndarray, side
     points, values = np.empty((0, 2), np.float32), np.empty(0, np.float32)
     return Registration(
         "registered", 0.9, transform, "affine", points, points, values, values, np.empty(0, bool),
-        1.0, 0.9, 0, (side, side), (side, side), correction,
+        1.0, 0.9, 0, (side, side), (side, side), correction=correction,
     )  # fmt: skip
 
 

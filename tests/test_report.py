@@ -245,6 +245,7 @@ def test_local_and_reports_are_for_one_pair(tmp_path, files, capsys):
     assert ".html" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rasters_on_the_map_have_the_same_evidence(tmp_path, files, monkeypatch, capsys):
     rasterio = pytest.importorskip("rasterio")
     raw = pytest.importorskip("pyogrio.raw")
@@ -255,8 +256,8 @@ def test_rasters_on_the_map_have_the_same_evidence(tmp_path, files, monkeypatch,
         rasters.append(file.replace(".png", ".tif"))
         profile = {"driver": "GTiff", "dtype": "uint8", "count": 1, "height": SIDE, "width": SIDE}
         place = rasterio.Affine(10, 0, 441330, 0, -10, 4174960)
-        with rasterio.open(rasters[-1], "w", **profile, crs="EPSG:32618", transform=place) as file:
-            file.write(pixels, 1)
+        with rasterio.open(rasters[-1], "w", **profile, crs="EPSG:32618", transform=place) as output:
+            output.write(pixels, 1)
     names = {"-o": "a.tif", "--report": "r.html", "--tie-points": "t.gpkg", "--residual-field": "f.tif"}
     options = [part for option, name in names.items() for part in (option, str(tmp_path / name))]
     assert main(["register", *rasters, "--local", "--kind", "translation", *options, "--json"]) == 0

@@ -171,7 +171,7 @@ class DisplacementField:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, for JSON."""
-        return {"size": list(self.size), "control": np.round(self.control, 6).tolist()}
+        return {"size": list(self.size), "control": self.control.tolist()}
 
     @classmethod
     def from_dict(cls, value: Any) -> DisplacementField:
