@@ -19,6 +19,14 @@ from kglmatch.commands.common import (
     print_json,
     say,
 )
+from kglmatch.commands.common_evidence import (
+    Writers,
+    add_evidence_options,
+    evidence_outputs,
+    map_frame,
+    report_writer,
+    table_writers,
+)
 from kglmatch.commands.common_rasters import (
     add_band_options,
     displacement,
@@ -26,14 +34,6 @@ from kglmatch.commands.common_rasters import (
     is_map_pair,
     load_grey,
     masked,
-)
-from kglmatch.commands.evidence import (
-    Writers,
-    add_evidence_options,
-    evidence_outputs,
-    map_frame,
-    report_writer,
-    table_writers,
 )
 from kglmatch.options import CHECK_DISPLACEMENTS, DEFAULT_CHECK_DISPLACEMENT
 

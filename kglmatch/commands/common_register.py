@@ -19,8 +19,8 @@ from kglmatch.commands.common import (
     registration_summary,
     say,
 )
+from kglmatch.commands.common_evidence import EVIDENCE, evidence_outputs, report_writer, table_writers
 from kglmatch.commands.common_rasters import files
-from kglmatch.commands.evidence import EVIDENCE, evidence_outputs, report_writer, table_writers
 from kglmatch.options import DEFAULT_MAP_ROTATION, DEFAULT_MAP_SCALE
 
 if TYPE_CHECKING:

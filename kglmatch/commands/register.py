@@ -25,6 +25,14 @@ from kglmatch.commands.common import (
     registration_summary,
     say,
 )
+from kglmatch.commands.common_evidence import (
+    EVIDENCE,
+    add_evidence_options,
+    evidence_outputs,
+    map_frame,
+    report_writer,
+    table_writers,
+)
 from kglmatch.commands.common_rasters import (
     add_band_options,
     displacement,
@@ -35,14 +43,6 @@ from kglmatch.commands.common_rasters import (
     masked,
 )
 from kglmatch.commands.common_register import run_raster
-from kglmatch.commands.evidence import (
-    EVIDENCE,
-    add_evidence_options,
-    evidence_outputs,
-    map_frame,
-    report_writer,
-    table_writers,
-)
 from kglmatch.options import (
     DEFAULT_BAND_ROTATION,
     DEFAULT_BAND_SCALE,
