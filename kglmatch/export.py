@@ -295,7 +295,7 @@ class _Block(nn.Module):
 
 
 class _DescriptorHead(nn.Module):
-    """Convolution and batch norm as one matrix, then the L2 norm: (N, 256, S, S) -> (N, D) float32."""
+    """Convolution and batch norm as one matrix, then the L2 norm: (N, C, S, S) -> (N, D) float32."""
 
     weight: Tensor
     bias: Tensor
@@ -323,7 +323,7 @@ class _DescriptorHead(nn.Module):
 
 
 class _Encoder(nn.Module):
-    """(N, 1, P, P) -> descriptors (N, D) and metric maps (N, 256, S, S), both float32."""
+    """(N, 1, P, P) -> descriptors (N, D) and metric maps (N, C, S, S), both float32."""
 
     def __init__(self, net: KGLNet, modality: str, dtype: torch.dtype, opset: int) -> None:
         super().__init__()
@@ -346,7 +346,7 @@ class _Encoder(nn.Module):
 
 
 class _MetricHead(nn.Module):
-    """Maps (N, 256, S, S) of both -> probabilities (N,). The layers after pooling are small, and float32."""
+    """Maps (N, C, S, S) of both -> probabilities (N,). The layers after pooling are small, and float32."""
 
     fc3_weight: Tensor
     fc3_bias: Tensor
@@ -558,7 +558,7 @@ def _sign(model: onnx.ModelProto, file: str, net: KGLNet, dtype: str) -> None:
         value.doc_string = {
             "patches": f"(N, 1, {size}, {size}) float32 in [0, 1], grey, as they are (no standardisation)",
             "descriptor": f"(N, {dim}) float32, L2 norm 1",
-            "metric": f"(N, 256, {maps}, {maps}) float32, input of {HEAD_FILE}",
+            "metric": f"(N, {net.config.map_channels}, {maps}, {maps}) float32, input of {HEAD_FILE}",
             "score": "(N,) float32, probability in [0, 1] that each pair matches, row by row",
         }[what]
     weights = hashlib.sha256()
@@ -660,7 +660,7 @@ def _check(parity: Sequence[Parity], dtype: str) -> None:
 
 def model_card(report: ExportReport, config: KGLNetConfig, name: str) -> str:
     """The text of the folder's `README.md`: inputs, outputs, preprocessing, measured differences."""
-    size, dim, maps = config.patch_size, config.descriptor_dim, config.map_size
+    size, dim, maps, channels = config.patch_size, config.descriptor_dim, config.map_size, config.map_channels
     n = "N" if report.batch is None else str(report.batch)
     rows = "any N" if report.batch is None else f"exactly {n} rows; fill up with zeros"
     nodes = "\n".join(f"| `{g.file}` | {g.size / 1e6:.1f} MB | {g.nodes} |" for g in report.graphs)
@@ -692,10 +692,10 @@ them gives other numbers. {convolutions}; inputs and outputs are float32. Opset 
 | file | input | output |
 |---|---|---|
 | `encoder_vis.onnx`, `encoder_ir.onnx` | `patches` ({n}, 1, {size}, {size}) | `descriptor` ({n}, {dim}), \
-`metric_map` ({n}, 256, {maps}, {maps}) |
+`metric_map` ({n}, {channels}, {maps}, {maps}) |
 | `descriptor_vis.onnx`, `descriptor_ir.onnx` | `patches` ({n}, 1, {size}, {size}) | `descriptor` \
 ({n}, {dim}) |
-| `metric_head.onnx` | `metric_map_vis`, `metric_map_ir` ({n}, 256, {maps}, {maps}) | `score` ({n},) |
+| `metric_head.onnx` | `metric_map_vis`, `metric_map_ir` ({n}, {channels}, {maps}, {maps}) | `score` ({n},) |
 | `pair_score.onnx` | `patches_vis`, `patches_ir` ({n}, 1, {size}, {size}) | `score` ({n},) |
 
 **Preprocessing**: grey patches of {size} x {size} pixels, values in [0, 1] (8-bit pixels divided by 255), in

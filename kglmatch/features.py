@@ -118,7 +118,7 @@ class Features:
     Attributes:
         descriptors: (N, D) float32, L2-normalised; numpy, or torch where the patches were torch.
         modality: "vis" or "ir".
-        maps: (N, 256, S, S) metric maps on the backend's device, or None if not asked for.
+        maps: (N, C, S, S) metric maps on the backend's device, or None if not asked for.
         keypoints: (N, 2) float32 xy pixels of the original image (OpenCV's convention: the centre of
             the first pixel is (0, 0)), or None.
         image_size: (width, height) of that image in pixels, or None.

@@ -65,21 +65,17 @@ def matcher():
 def thin_matcher():
     """A small untrained network on the CPU, for what does not depend on the weights."""
     import torch
-    from thin_network import CHANNELS, make_thin
+    from thin_network import CHANNELS
 
     from kglmatch import KGLNetConfig, Matcher
     from kglmatch.backends.torch import TorchBackend
-    from kglmatch.models import network
+    from kglmatch.models.network import KGLNet
 
-    channels = network.MAP_CHANNELS  # as deep as the backends expect
     fusion = {"distance": -4.0, "logit": 0.5, "bias": 4.0}
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        make_thin(patch)
-        patch.setattr(network, "BLOCK_CHANNELS", (*CHANNELS[:-1], channels))
-        patch.setattr(network, "MAP_CHANNELS", channels)
+    with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = KGLNetConfig(inference={"fusion": fusion})
-        return Matcher(TorchBackend(network.KGLNet(config).state_dict(), config, device="cpu"))
+        config = KGLNetConfig(channels=CHANNELS, inference={"fusion": fusion})
+        return Matcher(TorchBackend(KGLNet(config).state_dict(), config, device="cpu"))
 
 
 @pytest.fixture(scope="session")

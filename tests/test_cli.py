@@ -48,10 +48,8 @@ def thin(tmp_path_factory, monkeypatch):
     from kglmatch.models.network import KGLNet
     from kglmatch.models.pretrained import save_model
 
-    # The maps keep their size, which the backend and features know.
-    monkeypatch.setattr("kglmatch.models.network.BLOCK_CHANNELS", (4, 4, 8, 8, 8, 8, 8, 256))
     torch.manual_seed(0)
-    config = KGLNetConfig(metric_trunk="descriptor", head_norm="none")
+    config = KGLNetConfig(channels=(4, 4, 8, 8, 8, 8, 8, 16), metric_trunk="descriptor", head_norm="none")
     state = KGLNet(config).state_dict()
     state |= {key: state[key.replace(".ir.", ".vis.")].clone() for key in state}
     folder = tmp_path_factory.mktemp("thin") / "model"

@@ -11,6 +11,7 @@ from thin_network import CHANNELS, make_thin
 from torch import nn
 from torch.nn import functional as F
 
+from kglmatch.errors import ConfigError
 from kglmatch.models.config import HEAD_NORMS, METRIC_TRUNKS, SPLITS, KGLNetConfig
 from kglmatch.models.convert import convert_published
 from kglmatch.models.cost import cost
@@ -358,10 +359,40 @@ def test_every_architecture_runs(thin, descriptor_siamese, metric_siamese, split
 
 
 def test_blocks_are_those_that_were_asked_for():
-    assert [name for name, _ in conv_blocks(5, 8).named_children()] == [
+    assert [name for name, _ in conv_blocks(KGLNetConfig(), 5, 8).named_children()] == [
         "block5",
         "block6",
         "block7",
         "block8",
     ]
-    assert len(conv_blocks(9, 8)) == 0
+    assert len(conv_blocks(KGLNetConfig(), 9, 8)) == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"channels": [4] * 7}, "channels must be 8 integers"),
+        ({"channels": [4, 4, 4, 4, 4, 4, 4, 0]}, "channels must be 8 integers"),
+        ({"channels": 4}, "channels must be 8 integers"),
+        ({"strides": [1, 1, 2, 1, 2, 1, 1, 1]}, "strides must be 1 or 2, with 8 as their product"),
+        ({"strides": [8, 1, 1, 1, 1, 1, 1, 1]}, "strides must be 1 or 2"),
+    ],
+)
+def test_blocks_that_make_no_network_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        KGLNetConfig(**values)
+
+
+def test_a_light_configuration_survives_json_and_costs_what_its_blocks_do():
+    config = KGLNetConfig(
+        channels=[16, 16, 32, 32, 64, 64, 128, 128],
+        strides=(2, 1, 1, 1, 2, 1, 2, 1),
+        metric_trunk="descriptor",
+    )
+    again = KGLNetConfig.from_json(config.to_json())
+    assert again == config and hash(again) == hash(config)
+    assert again.channels == (16, 16, 32, 32, 64, 64, 128, 128) and again.map_channels == 128
+    convolutions = 9 * (
+        32**2 * (16 + 16**2 + 16 * 32 + 32**2) + 16**2 * (32 * 64 + 64**2) + 8**2 * (64 * 128 + 128**2)
+    )
+    assert cost(config).descriptor == cost(config).descriptor_and_map == convolutions + 128 * 64 * 128

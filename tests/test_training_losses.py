@@ -91,6 +91,25 @@ def test_metric_loss_weighs_matching_and_other_pairs_alike():
     assert losses.metric_loss(positive, negative[:2]).item() == pytest.approx(published.item(), rel=1e-6)
 
 
+def test_distillation_is_zero_at_the_teacher_and_pulls_towards_it():
+    ours, theirs = unit(5, 16), unit(5, 16, seed=1)
+    assert losses.descriptor_distillation_loss(theirs, theirs) == 0
+    expected = sum(math.dist(a, b) ** 2 for a, b in zip(ours.tolist(), theirs.tolist(), strict=True))
+    assert losses.descriptor_distillation_loss(ours, theirs).item() == pytest.approx(expected, rel=1e-5)
+
+    targets = torch.tensor([-3.0, 0.0, 2.0])
+    logits = targets.clone().requires_grad_()
+    assert losses.metric_distillation_loss(logits, targets).item() == pytest.approx(0, abs=1e-6)
+    logits = torch.zeros(3, requires_grad=True)
+    loss = losses.metric_distillation_loss(logits, targets)
+    p = torch.sigmoid(targets)
+    # Of a coin against the teacher's belief: the Kullback-Leibler divergence.
+    divergence = math.log(2) + (p * p.log() + (1 - p) * (1 - p).log()).mean().item()
+    assert loss.item() == pytest.approx(divergence, rel=1e-5)
+    loss.backward()
+    assert torch.allclose(logits.grad, (0.5 - p) / 3)
+
+
 def test_hard_negatives_are_the_nearest_of_another_place():
     distances = torch.tensor([[0.1, 0.5, 0.3, 0.9], [0.2, 0.1, 0.6, 0.7], [1.0, 0.9, 0.0, 0.8], [0.4] * 4])
     same = diagonal(4)

@@ -293,3 +293,33 @@ def test_distances_are_float32_under_half_precision(monkeypatch):
     monkeypatch.setattr(losses, "descriptor_distances", lambda a, b: products.append(a @ b.T) or whole(a, b))
     objective(small_net(), small_batch(), dataclasses.replace(PAPER, precision="bfloat16"))
     assert products and all(product.dtype == torch.float32 for product in products)
+
+
+# --- a teacher ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained", ["all", "metric_head"])
+def test_a_teacher_adds_its_targets_and_gets_no_gradient(trained):
+    config = TrainingConfig(
+        data="unused", trained=trained, hard_negatives=1, random_negatives=1, distillation_weight=0.5
+    )
+    net, teacher = small_net(), small_net(seed=1).eval()
+    alone = objective(net, small_batch(), config)
+    taught = objective(net, small_batch(), config, teacher=teacher)
+    assert alone.distillation == 0 < taught.distillation
+    assert taught.total.item() == pytest.approx(
+        alone.total.item() + 0.5 * taught.distillation.item(), rel=1e-5
+    )
+    found = gradients(net, taught)
+    assert any(g.abs().sum() > 0 for g in found.values())
+    assert not gradients(teacher, objective(net, small_batch(), config, teacher=teacher))
+
+
+def test_a_network_has_nothing_to_learn_from_itself():
+    # In evaluation mode, as the teacher is: batch norm then is the same.
+    net = small_net().eval()
+    config = TrainingConfig(data="unused", hard_negatives=1, random_negatives=1)
+    terms = objective(net, small_batch(), config, teacher=net)
+    assert terms.distillation.item() == pytest.approx(0, abs=1e-5)
+    without = objective(net, small_batch(), dataclasses.replace(config, metric_weight=0), teacher=net)
+    assert without.distillation.item() == pytest.approx(0, abs=1e-5)

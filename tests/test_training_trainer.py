@@ -21,8 +21,6 @@ from kglmatch.cli import main
 from kglmatch.errors import BackendError, ConfigError, DataError, OutputError, WeightsError
 from kglmatch.evaluation.metrics import fpr_at_recall
 from kglmatch.fusion import fit_fusion, fuse
-from kglmatch.models import config as config_module
-from kglmatch.models import network as network_module
 from kglmatch.models.config import KGLNetConfig
 from kglmatch.models.pretrained import load_model, save_model
 from kglmatch.training import (
@@ -190,10 +188,41 @@ def test_validation_is_evaluation(config, unbroken, data):
     assert found.mean["metric_fpr95"] == 100 * fpr_at_recall(answers.logits, answers.labels)
 
 
-def test_the_saved_model_decides_as_validation_found(config, tmp_path, monkeypatch):
-    # The matcher takes networks of the full width.
-    for name in ("BLOCK_CHANNELS", "MAP_CHANNELS"):
-        monkeypatch.setattr(network_module, name, getattr(config_module, name))
+def test_a_light_network_learns_from_a_teacher(config, unbroken, tmp_path):
+    narrow = dataclasses.replace(
+        config,
+        teacher=str(unbroken[0] / "model"),
+        network={
+            **NETWORK,
+            "channels": [2, 2, 4, 4, 4, 4, 8, 8],
+            "strides": [2, 1, 1, 1, 2, 1, 2, 1],
+            "metric_trunk": "descriptor",
+        },
+        steps=16,
+        learning_rate=1e-2,
+        distillation_weight=10.0,
+    )
+    trainer = Trainer(narrow, tmp_path, device="cpu")
+    before = {name: tensor.clone() for name, tensor in trainer.teacher.state_dict().items()}
+    trainer.train(progress=False)
+    apart = [record["distillation"] for record in log_of(tmp_path) if "distillation" in record]
+    assert apart[-1] < apart[0]
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.teacher.state_dict().items())
+    assert saved(tmp_path)["channels"] == [2, 2, 4, 4, 4, 4, 8, 8]
+    # The light model is a model like any other.
+    matcher = Matcher.from_pretrained(tmp_path / "model", device="cpu")
+    (held_out,) = trainer.validation
+    features = matcher.describe(held_out.vis, "vis", maps=True)
+    assert features.maps.shape[1:] == (8, *features.maps.shape[2:])
+    with pytest.raises(ConfigError, match=r"teacher .* has patch_size 16, and this run's network 24"):
+        Trainer(
+            dataclasses.replace(narrow, network={**narrow.network, "patch_size": 24}),
+            tmp_path / "other",
+            device="cpu",
+        )
+
+
+def test_the_saved_model_decides_as_validation_found(config, tmp_path):
     trainer = Trainer(dataclasses.replace(config, steps=2, validate_every=2), tmp_path, device="cpu")
     best = trainer.train(progress=False)
     inference = saved(tmp_path)["inference"]
@@ -428,9 +457,9 @@ def clock(monkeypatch):
 
         return timed
 
-    def little(net, batch, config, step, processes):
+    def little(net, *args):
         loss = net.metric_head.fc3.bias.square().sum()
-        return StepLosses(loss, loss, loss, loss)
+        return StepLosses(loss, loss, loss, loss, loss)
 
     monkeypatch.setattr(trainer_module, "objective", taking(1.0, little))
     monkeypatch.setattr(trainer_module, "validate", taking(4.0, trainer_module.validate))
@@ -477,8 +506,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(config,
     trainer = Trainer(config, tmp_path, device="cpu")
     whole = trainer_module.objective
 
-    def broken(net, batch, config, step, processes):
-        terms = whole(net, batch, config, step, processes)
+    def broken(net, batch, config, step, *others):
+        terms = whole(net, batch, config, step, *others)
         return dataclasses.replace(terms, total=terms.total * (float("nan") if step == 3 else 1))
 
     monkeypatch.setattr(trainer_module, "objective", broken)

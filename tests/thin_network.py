@@ -28,10 +28,9 @@ CHANNELS = (4, 4, 8, 8, 8, 8, 16, 16)
 
 def make_thin(patch: pytest.MonkeyPatch) -> None:
     """Lets every network made from now on be thin."""
-    import kglmatch.models.network
+    import kglmatch.models.config
 
-    patch.setattr(kglmatch.models.network, "BLOCK_CHANNELS", CHANNELS)
-    patch.setattr(kglmatch.models.network, "MAP_CHANNELS", CHANNELS[-1])
+    patch.setattr(kglmatch.models.config, "CHANNELS", CHANNELS)
 
 
 def perturbed(config: KGLNetConfig, *, mildly: bool = False) -> KGLNet:

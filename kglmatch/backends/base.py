@@ -42,7 +42,7 @@ class Backend(Protocol):
         """
 
     def encode(self, patches: Array, modality: Modality, *, maps: bool) -> tuple[Array, Array | None]:
-        """(N, P, P) uint8 or floats -> descriptors (N, D) float32 and metric maps (N, 256, S, S).
+        """(N, P, P) uint8 or floats -> descriptors (N, D) float32 and metric maps (N, C, S, S).
 
         Descriptors are of the kind that the patches are (numpy or torch); maps stay on the device.
         With `maps=False` no map is kept, a metric trunk is not run, and None is returned in its place.

@@ -249,7 +249,7 @@ class DeviceMaps:
     Args:
         store: OrtValue (M, 256, S, S) float32; None if M = 0, which has no memory.
         rows: (N,) rows of the store.
-        map_shape: (256, S, S).
+        map_shape: (C, S, S).
     """
 
     def __init__(self, store: Any, rows: NDArray[np.int64], map_shape: tuple[int, int, int]) -> None:
@@ -264,7 +264,7 @@ class DeviceMaps:
         return DeviceMaps(self.store, self.rows[rows], self.shape[1:])
 
     def numpy(self) -> NDArray[np.float32]:
-        """A copy (N, 256, S, S) on the host."""
+        """A copy (N, C, S, S) on the host."""
         if self.store is None:
             return np.empty(self.shape, np.float32)
         values: NDArray[np.float32] = self.store.numpy()[self.rows]

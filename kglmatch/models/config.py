@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,10 @@ from kglmatch.options import PATCH_SIZE
 
 MODEL_TYPE = "kglnet"
 BLOCKS = 8
-# Output channels and stride of each of the eight convolution blocks.
-BLOCK_CHANNELS = (32, 32, 64, 64, 128, 128, 256, 256)
-BLOCK_STRIDES = (1, 1, 2, 1, 2, 1, 2, 1)
+# The paper's: output channels and stride of each of the eight convolution blocks.
+CHANNELS = (32, 32, 64, 64, 128, 128, 256, 256)
+STRIDES = (1, 1, 2, 1, 2, 1, 2, 1)
 MAP_STRIDE = 8
-MAP_CHANNELS = BLOCK_CHANNELS[-1]
 SPLITS = (0, 2, 4, 6, 8)
 IR_KINDS = ("nir", "lwir", "sar", "other")
 METRIC_TRUNKS = ("own", "descriptor")
@@ -40,6 +40,8 @@ class KGLNetConfig:
         metric_siamese: one metric trunk for both modalities, instead of one each.
         split_after: block after which descriptor and metric branch part: 0, 2, 4, 6 or 8. The
             blocks before it, the stem, serve both branches and are separate for each modality.
+        channels: of each block's output. The last are those of a metric map.
+        strides: of each block's convolution, 1 or 2; their product is 8.
         metric_trunk: which maps the metric head reads: those of metric trunks of its "own" (the
             paper's), or those of the "descriptor" trunk; then there is no metric trunk, and
             `metric_siamese` says nothing.
@@ -57,6 +59,9 @@ class KGLNetConfig:
     descriptor_siamese: bool = True
     metric_siamese: bool = False
     split_after: int = 4
+    # Looked up when a configuration is made, so that tests can make thin networks.
+    channels: tuple[int, ...] = field(default_factory=lambda: CHANNELS)
+    strides: tuple[int, ...] = field(default_factory=lambda: STRIDES)
     metric_trunk: str = "own"
     head_norm: str = "frn"
     ir_kind: str = "nir"
@@ -78,6 +83,7 @@ class KGLNetConfig:
             )
         if self.split_after not in SPLITS:
             raise ConfigError(f"split_after must be one of {SPLITS}, got {self.split_after}")
+        self._check_blocks()
         for name, known in (
             ("ir_kind", IR_KINDS),
             ("metric_trunk", METRIC_TRUNKS),
@@ -88,14 +94,35 @@ class KGLNetConfig:
         if not isinstance(self.inference, dict):
             raise ConfigError(f"inference must be an object, got {self.inference!r}")
 
+    def _check_blocks(self) -> None:
+        """Checks channels and strides, which JSON gives as lists, and keeps them as tuples."""
+        for name in ("channels", "strides"):
+            values = getattr(self, name)
+            if (
+                not isinstance(values, list | tuple)
+                or len(values) != BLOCKS
+                or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values)
+            ):
+                raise ConfigError(f"{name} must be {BLOCKS} integers of at least 1, got {values!r}")
+            object.__setattr__(self, name, tuple(values))
+        if not set(self.strides) <= {1, 2} or math.prod(self.strides) != MAP_STRIDE:
+            raise ConfigError(
+                f"strides must be 1 or 2, with {MAP_STRIDE} as their product, got {list(self.strides)}"
+            )
+
     @property
     def map_size(self) -> int:
         """Side of a metric map: 8 for patches of 64 pixels."""
         return self.patch_size // MAP_STRIDE
 
+    @property
+    def map_channels(self) -> int:
+        """Channels of a metric map: 256 in the paper's network."""
+        return self.channels[-1]
+
     def architecture(self) -> dict[str, Any]:
-        """What decides the network's numbers, as plain values; `inference` does not."""
-        values = dataclasses.asdict(self)
+        """What decides the network's numbers, as the plain values of JSON; `inference` does not."""
+        values = dataclasses.asdict(self) | {"channels": list(self.channels), "strides": list(self.strides)}
         del values["inference"]
         return values
 

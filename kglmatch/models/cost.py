@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kglmatch.models.config import BLOCK_CHANNELS, BLOCK_STRIDES, BLOCKS, MAP_CHANNELS, KGLNetConfig
+from kglmatch.models.config import BLOCKS, KGLNetConfig
 
 HEAD_UNITS = (512, 256, 1)
 
@@ -33,15 +33,15 @@ def cost(config: KGLNetConfig) -> Cost:
     """Multiply-adds of `KGLNet(config)`, each stem and trunk counted once a patch."""
     side, channels, blocks = config.patch_size, 1, []
     for i in range(BLOCKS):
-        side //= BLOCK_STRIDES[i]
-        blocks.append(9 * channels * BLOCK_CHANNELS[i] * side**2)
-        channels = BLOCK_CHANNELS[i]
+        side //= config.strides[i]
+        blocks.append(9 * channels * config.channels[i] * side**2)
+        channels = config.channels[i]
     stem, trunk = sum(blocks[: config.split_after]), sum(blocks[config.split_after :])
     area = config.map_size**2
-    descriptor = stem + trunk + MAP_CHANNELS * area * config.descriptor_dim
-    linear = sum(a * b for a, b in zip((MAP_CHANNELS, *HEAD_UNITS), HEAD_UNITS, strict=False))
+    descriptor = stem + trunk + config.map_channels * area * config.descriptor_dim
+    linear = sum(a * b for a, b in zip((config.map_channels, *HEAD_UNITS), HEAD_UNITS, strict=False))
     return Cost(
         descriptor,
         descriptor + (trunk if config.metric_trunk == "own" else 0),
-        9 * MAP_CHANNELS**2 * area + linear,
+        9 * config.map_channels**2 * area + linear,
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kglmatch.models.config import BLOCK_CHANNELS, BLOCK_STRIDES, BLOCKS, MAP_CHANNELS, KGLNetConfig
+from kglmatch.models.config import BLOCKS, KGLNetConfig
 
 FRN_EPS = 1e-6
 
@@ -141,16 +141,16 @@ class ConvBlock(nn.Module):
         return x if self.attention is None else self.attention(x)
 
 
-def conv_blocks(first: int, last: int) -> nn.Sequential:
+def conv_blocks(config: KGLNetConfig, first: int, last: int) -> nn.Sequential:
     """Blocks `first` to `last` of the eight, both counted from 1 and included; empty if last < first."""
     blocks = nn.Sequential()
     for i in range(first - 1, last):
         blocks.add_module(
             f"block{i + 1}",
             ConvBlock(
-                BLOCK_CHANNELS[i - 1] if i else 1,
-                BLOCK_CHANNELS[i],
-                stride=BLOCK_STRIDES[i],
+                config.channels[i - 1] if i else 1,
+                config.channels[i],
+                stride=config.strides[i],
                 attention=i % 2 == 1,
                 normalize_input=i == 0,
             ),
@@ -182,12 +182,12 @@ class PerModality(nn.Module):
 class DescriptorHead(nn.Module):
     """Descriptor map -> raw descriptor, before L2 normalisation.
 
-    Shape: (N, 256, S, S) -> (N, D), S = patch size / 8
+    Shape: (N, C, S, S) -> (N, D), S = patch size / 8, C = 256 in the paper's network
     """
 
     def __init__(self, config: KGLNetConfig) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(MAP_CHANNELS, config.descriptor_dim, config.map_size)
+        self.conv = nn.Conv2d(config.map_channels, config.descriptor_dim, config.map_size)
         self.norm = nn.BatchNorm2d(config.descriptor_dim)
 
     def forward(self, descriptor_map: Tensor) -> Tensor:
@@ -200,15 +200,16 @@ class MetricHead(nn.Module):
 
     FRN divides by the size of the difference, which is itself evidence; `head_norm="none"` keeps it.
 
-    Shape: (N, 256, S, S), (N, 256, S, S) -> (N,)
+    Shape: (N, C, S, S), (N, C, S, S) -> (N,)
     """
 
-    def __init__(self, head_norm: str = "frn") -> None:
+    def __init__(self, config: KGLNetConfig) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(MAP_CHANNELS, MAP_CHANNELS, 3, padding=1)
-        self.norm = FRN(MAP_CHANNELS) if head_norm == "frn" else None
-        self.activation = TLU(MAP_CHANNELS)
-        self.fc1 = nn.Linear(MAP_CHANNELS, 512)
+        channels = config.map_channels
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = FRN(channels) if config.head_norm == "frn" else None
+        self.activation = TLU(channels)
+        self.fc1 = nn.Linear(channels, 512)
         self.fc2 = nn.Linear(512, 256)
         self.fc3 = nn.Linear(256, 1)
 
@@ -224,8 +225,8 @@ class BranchOutputs(NamedTuple):
     """What training needs of one modality's patches."""
 
     raw_descriptor: Tensor  # (N, D), before L2 normalisation
-    descriptor_map: Tensor  # (N, 256, S, S)
-    metric_map: Tensor  # (N, 256, S, S)
+    descriptor_map: Tensor  # (N, C, S, S)
+    metric_map: Tensor  # (N, C, S, S)
 
 
 class KGLNet(nn.Module):
@@ -241,17 +242,17 @@ class KGLNet(nn.Module):
         super().__init__()
         self.config = config = config or KGLNetConfig()
         split = config.split_after
-        self.stem = PerModality(lambda: conv_blocks(1, split), shared=False)
+        self.stem = PerModality(lambda: conv_blocks(config, 1, split), shared=False)
         self.descriptor_trunk = PerModality(
-            lambda: conv_blocks(split + 1, BLOCKS), shared=config.descriptor_siamese
+            lambda: conv_blocks(config, split + 1, BLOCKS), shared=config.descriptor_siamese
         )
         self.descriptor_head = PerModality(lambda: DescriptorHead(config), shared=config.descriptor_siamese)
         self.metric_trunk = (
-            PerModality(lambda: conv_blocks(split + 1, BLOCKS), shared=config.metric_siamese)
+            PerModality(lambda: conv_blocks(config, split + 1, BLOCKS), shared=config.metric_siamese)
             if config.metric_trunk == "own"
             else None
         )
-        self.metric_head = MetricHead(config.head_norm)
+        self.metric_head = MetricHead(config)
 
     def _descriptor(self, descriptor_map: Tensor, modality: str) -> Tensor:
         return F.normalize(self.descriptor_head(descriptor_map, modality).float(), dim=1)
@@ -262,20 +263,20 @@ class KGLNet(nn.Module):
         return self._descriptor(descriptor_map, modality)
 
     def map(self, patches: Tensor, modality: str) -> Tensor:
-        """(N, 1, P, P) -> (N, 256, S, S) metric maps, the input of `score`."""
+        """(N, 1, P, P) -> (N, C, S, S) metric maps, the input of `score`."""
         trunk = self.descriptor_trunk if self.metric_trunk is None else self.metric_trunk
         metric_map: Tensor = trunk(self.stem(patches, modality), modality)
         return metric_map
 
     def encode(self, patches: Tensor, modality: str) -> tuple[Tensor, Tensor]:
-        """(N, 1, P, P) -> descriptors (N, D) and metric maps (N, 256, S, S)."""
+        """(N, 1, P, P) -> descriptors (N, D) and metric maps (N, C, S, S)."""
         stem = self.stem(patches, modality)
         descriptor_map = self.descriptor_trunk(stem, modality)
         metric_map = descriptor_map if self.metric_trunk is None else self.metric_trunk(stem, modality)
         return self._descriptor(descriptor_map, modality), metric_map
 
     def score(self, map_vis: Tensor, map_ir: Tensor) -> Tensor:
-        """Metric maps of N pairs, (N, 256, S, S) each -> (N,) float32 match probabilities."""
+        """Metric maps of N pairs, (N, C, S, S) each -> (N,) float32 match probabilities."""
         return torch.sigmoid(self.metric_head(map_vis, map_ir).float())
 
     def branches(self, patches: Tensor, modality: str) -> BranchOutputs:

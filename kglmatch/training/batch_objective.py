@@ -23,17 +23,24 @@ class StepLosses:
         descriptor: hybrid triplet loss and weighted norm term, a sum over the batch.
         guided: feature-guided losses of both modalities, means.
         metric: binary cross-entropy of the metric head, a mean.
+        distillation: what sets descriptors (a sum) and metric head (a mean) apart from a teacher's.
         total: what is minimised.
     """
 
     descriptor: Tensor
     guided: Tensor
     metric: Tensor
+    distillation: Tensor
     total: Tensor
 
 
 def objective(
-    net: KGLNet, batch: Batch, config: TrainingConfig, step: int = 0, processes: Processes = ALONE
+    net: KGLNet,
+    batch: Batch,
+    config: TrainingConfig,
+    step: int = 0,
+    processes: Processes = ALONE,
+    teacher: KGLNet | None = None,
 ) -> StepLosses:
     """The training objective of a batch of matching pairs; a part whose weight is 0 is not computed.
 
@@ -47,6 +54,8 @@ def objective(
         batch: the rows of this process; with several processes, descriptors and metric maps of all of
             them are gathered, so that negatives are mined over the whole batch.
         step: number of the batch, which random negatives depend on.
+        teacher: in evaluation mode; its descriptors and its scores of matching pairs and hard negatives are
+            targets, weighed by `config.distillation_weight`.
 
     Returns:
         `StepLosses`. The mean over the processes of each term, and of each gradient, is that of the
@@ -63,7 +72,7 @@ def objective(
     raw_vis, raw_ir = (processes.gather(side.raw_descriptor.float()) for side in (vis, ir))
     descriptors_vis, descriptors_ir = F.normalize(raw_vis, dim=1), F.normalize(raw_ir, dim=1)
 
-    descriptor = guided = metric = raw_vis.new_zeros(())
+    descriptor = guided = metric = distillation = raw_vis.new_zeros(())
     if not head_alone:
         descriptor = losses.hybrid_triplet_loss(
             descriptors_vis, descriptors_ir, batch.same_place, margin=config.margin, alpha=config.alpha
@@ -75,21 +84,91 @@ def objective(
         guided = losses.feature_guided_loss(
             vis.descriptor_map.float(), vis.metric_map.float()
         ) + losses.feature_guided_loss(ir.descriptor_map.float(), ir.metric_map.float())
+    chosen: list[Tensor] = []
+    logits = raw_vis.new_zeros(0)
     if config.metric_weight:
         chosen = choose_negatives(descriptors_vis, descriptors_ir, batch.same_place, config, step)
+        maps_vis, maps_ir = vis.metric_map, ir.metric_map
+        if not config.metric_loss_trains_trunk:
+            maps_vis, maps_ir = maps_vis.detach(), maps_ir.detach()
         with autocast():
-            # All pairs in one call: the positives, and then each choice of negatives.
-            maps_vis, own_ir = vis.metric_map, ir.metric_map
-            if not config.metric_loss_trains_trunk:
-                maps_vis, own_ir = maps_vis.detach(), own_ir.detach()
-            map_vis = torch.cat([maps_vis] * (1 + len(chosen)))
-            maps_ir = processes.gather(own_ir)
-            map_ir = torch.cat([own_ir, *(maps_ir[columns[batch.rows]] for columns in chosen)])
-            logits = net.metric_head(map_vis, map_ir).float()
+            logits = _score(net, maps_vis, maps_ir, chosen, batch.rows, processes)
         positives, negatives = logits[: len(batch.vis)], logits[len(batch.vis) :]
         metric = losses.metric_loss(positives, negatives)
-    total = descriptor + config.guided_weight * guided + config.metric_weight * metric
-    return StepLosses(descriptor, guided, metric, total)
+    if teacher is not None:
+        # Of random negatives a teacher knows no more than the labels do.
+        hard = chosen[: config.hard_negatives]
+        distillation = _distillation(
+            teacher,
+            batch,
+            None if head_alone else (descriptors_vis, descriptors_ir),
+            logits,
+            hard,
+            config,
+            processes,
+        )
+    total = (
+        descriptor
+        + config.guided_weight * guided
+        + config.metric_weight * metric
+        + config.distillation_weight * distillation
+    )
+    return StepLosses(descriptor, guided, metric, distillation, total)
+
+
+def _distillation(
+    teacher: KGLNet,
+    batch: Batch,
+    descriptors: tuple[Tensor, Tensor] | None,
+    logits: Tensor,
+    hard: list[Tensor],
+    config: TrainingConfig,
+    processes: Processes,
+) -> Tensor:
+    """What sets a network apart from its teacher, in `config.precision` as the network is run.
+
+    Args:
+        descriptors: of both sides over the whole batch, (N, D) L2-normalised; None leaves them out.
+        logits: of the process's matching pairs, then of its hard negatives, then of others; empty leaves
+            them out.
+        hard: columns of the hard negatives.
+    """
+    precision = getattr(torch, config.precision)
+    loss = logits.new_zeros(())
+    with (
+        torch.autocast(batch.vis.device.type, dtype=precision, enabled=precision != torch.float32),
+        torch.no_grad(),
+    ):
+        target_vis, map_vis = teacher.encode(batch.vis, "vis")
+        target_ir, map_ir = teacher.encode(batch.ir, "ir")
+        targets = _score(teacher, map_vis, map_ir, hard, batch.rows, processes) if len(logits) else logits
+    if descriptors is not None:
+        for ours, theirs in zip(descriptors, (target_vis, target_ir), strict=True):
+            loss = loss + losses.descriptor_distillation_loss(ours, processes.gather(theirs))
+    if len(targets):
+        loss = loss + config.metric_weight * losses.metric_distillation_loss(logits[: len(targets)], targets)
+    return loss
+
+
+def _score(
+    net: KGLNet,
+    maps_vis: Tensor,
+    maps_ir: Tensor,
+    chosen: list[Tensor],
+    rows: slice,
+    processes: Processes,
+) -> Tensor:
+    """Logits of a process's matching pairs, and then of each choice of negatives, in one call of the head.
+
+    Args:
+        maps_vis, maps_ir: (n, C, S, S) of the process's rows.
+        chosen: columns of ir over the whole batch, (N,) each.
+        rows: of the whole batch that are this process's.
+    """
+    all_ir = processes.gather(maps_ir)
+    map_ir = torch.cat([maps_ir, *(all_ir[columns[rows]] for columns in chosen)])
+    logits: Tensor = net.metric_head(torch.cat([maps_vis] * (1 + len(chosen))), map_ir)
+    return logits.float()
 
 
 def choose_negatives(

@@ -72,6 +72,8 @@ class TrainingConfig:
             blurred by a pixel, shows nothing there and is left out.
         init: model to start from (bundled name, folder or Hub id); None starts from random weights. Where
             `network` asks for another metric branch than the model has, that part starts from random weights.
+        teacher: model to learn from (bundled name, folder or Hub id), with the same length of descriptors and
+            size of patches: its descriptors and scores are targets next to the labels. None: no teacher.
         trained: "all", or "metric_head", which leaves every other weight as it is.
         seed: of weights, batches and augmentation.
         steps: length of the run in batches.
@@ -85,6 +87,7 @@ class TrainingConfig:
         margin, alpha: of the hybrid triplet loss.
         norm_weight, guided_weight, metric_weight: factors of the losses other than the triplet loss;
             0 switches one off and computes none of it.
+        distillation_weight: of the differences from the teacher, in which `metric_weight` counts as well.
         hard_negatives, random_negatives: non-matching pairs that the metric head sees for each matching one:
             the N nearest by descriptor (HNSM-M with 1) and N random ones. Matching and non-matching pairs
             weigh the same in its loss.
@@ -110,6 +113,7 @@ class TrainingConfig:
     max_points: int = 1500
     least_contrast: float = 0.0
     init: str | None = None
+    teacher: str | None = None
     trained: str = "all"
     seed: int = 0
     steps: int = 20000
@@ -124,6 +128,7 @@ class TrainingConfig:
     norm_weight: float = 0.1
     guided_weight: float = 1.0
     metric_weight: float = 1.0
+    distillation_weight: float = 1.0
     hard_negatives: int = 1
     random_negatives: int = 0
     metric_loss_trains_trunk: bool = True
@@ -258,6 +263,7 @@ _LOWEST: dict[str, int] = {
     "norm_weight": 0,
     "guided_weight": 0,
     "metric_weight": 0,
+    "distillation_weight": 0,
     "hard_negatives": 0,
     "random_negatives": 0,
     "min_negative_distance": 0,

@@ -78,8 +78,24 @@ def norm_loss(raw_vis: Tensor, raw_ir: Tensor) -> Tensor:
 
 
 def feature_guided_loss(descriptor_map: Tensor, metric_map: Tensor) -> Tensor:
-    """Mean squared error between the two branches' maps (N, 256, S, S) of one modality."""
+    """Mean squared error between the two branches' maps (N, C, S, S) of one modality."""
     return F.mse_loss(metric_map, descriptor_map)
+
+
+def descriptor_distillation_loss(descriptors: Tensor, targets: Tensor) -> Tensor:
+    """Squared distance of unit vectors (N, D) from a teacher's, summed over the batch."""
+    return (descriptors - targets).square().sum()
+
+
+def metric_distillation_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of logits (N,) against a teacher's probabilities, less the teacher's own entropy.
+
+    Args:
+        targets: (N,) logits of the teacher. The least value, 0, is reached where both are equal.
+    """
+    probability = torch.sigmoid(targets)
+    entropy = F.binary_cross_entropy_with_logits(targets, probability, reduction="none")
+    return (F.binary_cross_entropy_with_logits(logits, probability, reduction="none") - entropy).mean()
 
 
 def metric_loss(positive_logits: Tensor, negative_logits: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ _COMPILING_STEPS = 2
 _TIMED_SHARE = 0.02
 # The descriptor loss is a sum over the batch; with PyTorch's 65536 the first steps overflow float16.
 _FIRST_LOSS_SCALE = 64.0
+# Of the objective, as the log calls them.
+_TERMS = ("descriptor", "guided", "metric", "distillation", "total")
 # Settings that a resumed run may change, since its weights do not depend on them.
 _FREE_SETTINGS = ("compile", "log_every", "checkpoint_every")
 
@@ -92,6 +94,7 @@ class Trainer:
             check_compiler(self.device)
 
         self.net = self._make_network(state)
+        self.teacher = self._load_teacher()
         training, self.validation = load_training_data(config, self.net.config.patch_size)
         self.sampler = self._make_sampler(training)
         self.average = AveragedModel(self.net, multi_avg_fn=_average_by(config.ema_decay), use_buffers=True)
@@ -108,6 +111,8 @@ class Trainer:
         share_batch_norm(self.net, self.processes)
         if config.compile:
             compile_network(self.net)
+            if self.teacher is not None:
+                compile_network(self.teacher)
 
     def _start_at_zero(self) -> None:
         """What a run counts and keeps apart from its weights, at its beginning."""
@@ -118,7 +123,7 @@ class Trainer:
         self._best_state: dict[str, torch.Tensor] | None = None
         self._best_inference: dict[str, Any] = {}
         # Sums of the losses since the last line of the log, and over how many steps.
-        self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self._sums = torch.zeros(len(_TERMS), dtype=torch.float64, device=self.device)
         self._summed = 0
 
     @property
@@ -190,7 +195,7 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         batch = self.sampler.batch(self.step)
-        terms = objective(self.net, batch, self.config, self.step, self.processes)
+        terms = objective(self.net, batch, self.config, self.step, self.processes, self.teacher)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self.scaler.scale(terms.total))
         self.processes.average_gradients(self.net)
@@ -201,7 +206,7 @@ class Trainer:
         self.scaler.update()
         self.average.update_parameters(self.net)
         # Added up on the device: reading them here would make the GPU wait.
-        self._sums += torch.stack([terms.descriptor, terms.guided, terms.metric, terms.total]).detach()
+        self._sums += torch.stack([getattr(terms, name) for name in _TERMS]).detach()
         self._summed += 1
         self.step += 1
 
@@ -249,7 +254,7 @@ class Trainer:
         self._interval_step, self._began, self._aside = self.step, time.perf_counter(), 0.0
 
     def _mean_losses(self) -> list[float]:
-        """Means since the last line of the log: descriptor (a pair), guided, metric, total.
+        """Means since the last line of the log of `_TERMS`; that of descriptor is a pair's.
 
         Raises:
             DataError: not finite.
@@ -265,17 +270,14 @@ class Trainer:
 
     def _log_losses(self) -> float:
         """Writes a line of losses; returns the mean total."""
-        descriptor, guided, metric, total = self._mean_losses()
+        means = dict(zip(_TERMS, self._mean_losses(), strict=True))
         seconds = time.perf_counter() - self._began - self._aside
         pairs = (self.step - self._interval_step) * self.sampler.batch_size
         if self.processes.is_first:
             self.folder.log(
                 {
                     "step": self.step,
-                    "descriptor": descriptor,
-                    "guided": guided,
-                    "metric": metric,
-                    "total": total,
+                    **means,
                     "rate": next(g["lr"] for g in self.optimizer.param_groups if g["params"]),
                     "pairs_per_second": pairs / seconds,
                 }
@@ -283,7 +285,7 @@ class Trainer:
         self._sums.zero_()
         self._summed = 0
         self._begin_interval()
-        return total
+        return means["total"]
 
     def _validate(self) -> bool:
         """Measures the averaged weights and keeps them if they are the best so far; says whether they are."""
@@ -402,6 +404,21 @@ class Trainer:
         # A network that is left as it is keeps its batch norm too.
         return net.to(self.device).train(self.config.trained == "all")
 
+    def _load_teacher(self) -> KGLNet | None:
+        if self.config.teacher is None:
+            return None
+        weights, config = load_model(self.config.teacher)
+        for name in ("descriptor_dim", "patch_size"):
+            ours, theirs = getattr(self.net.config, name), getattr(config, name)
+            if ours != theirs:
+                raise ConfigError(
+                    f"the teacher {self.config.teacher} has {name} {theirs}, and this run's network {ours}"
+                )
+        teacher = KGLNet(config)
+        teacher.load_state_dict(weights)
+        teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return teacher.to(self.device).eval().requires_grad_(False)
+
     def _restore(self, state: dict[str, Any]) -> None:
         """Takes over everything that a checkpoint holds.
 
@@ -465,7 +482,7 @@ def _branch(path: Path) -> dict[str, Any]:
         "best": None,
         "best_state": None,
         "best_inference": {},
-        "sums": torch.zeros_like(state["sums"]),
+        "sums": torch.zeros(len(_TERMS), dtype=torch.float64),
         "summed": 0,
     }
 
