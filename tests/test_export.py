@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import once
-from thin_network import export_thin, make_thin, perturbed
+from thin_network import CHANNELS, export_thin, make_thin, perturbed
 
 from kglmatch import export
 from kglmatch.backends.onnx import OnnxBackend
@@ -28,7 +28,7 @@ from kglmatch.models.files import DESCRIPTOR_FILES, ENCODER_FILES, HEAD_FILE, PA
 from kglmatch.models.network import KGLNet
 
 GRAPHS = (*ENCODER_FILES.values(), *DESCRIPTOR_FILES.values(), HEAD_FILE, PAIR_FILE)
-SMALL = KGLNetConfig(patch_size=16, descriptor_dim=32)
+SMALL = KGLNetConfig(patch_size=16, descriptor_dim=32, channels=CHANNELS)
 
 
 def graph(folder, file: str) -> onnx.ModelProto:

@@ -13,8 +13,8 @@ from kglmatch.models.config import KGLNetConfig
 from kglmatch.models.network import KGLNet
 
 OWN, ONE_TRUNK = (
-    KGLNetConfig(patch_size=16),
-    KGLNetConfig(patch_size=16, metric_trunk="descriptor", head_norm="none"),
+    KGLNetConfig(patch_size=16, channels=CHANNELS),
+    KGLNetConfig(patch_size=16, channels=CHANNELS, metric_trunk="descriptor", head_norm="none"),
 )
 
 
