@@ -28,7 +28,7 @@ import torch
 from kglmatch import KGLMatchError, Matcher, __version__
 from kglmatch.models.config import KGLNetConfig
 from kglmatch.models.cost import cost
-from kglmatch.models.network import BLOCK_CHANNELS
+from kglmatch.models.config import CHANNELS
 
 DTYPES = ("float32", "float16", "bfloat16")
 COPY_BYTES = 2**28
@@ -73,7 +73,7 @@ def map_values(config: KGLNetConfig) -> int:
     """Numbers in the maps that the convolutions of a descriptor write, each once."""
     return sum(
         channels * (config.patch_size // reduction) ** 2
-        for channels, reduction in zip(BLOCK_CHANNELS, REDUCTION, strict=True)
+        for channels, reduction in zip(CHANNELS, REDUCTION, strict=True)
     )
 
 
