@@ -26,9 +26,8 @@ import onnxruntime
 import torch
 
 from kglmatch import KGLMatchError, Matcher, __version__
-from kglmatch.models.config import KGLNetConfig
+from kglmatch.models.config import CHANNELS, KGLNetConfig
 from kglmatch.models.cost import cost
-from kglmatch.models.config import CHANNELS
 
 DTYPES = ("float32", "float16", "bfloat16")
 COPY_BYTES = 2**28
