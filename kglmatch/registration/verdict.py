@@ -10,13 +10,14 @@ prior, and that agree on one transform, take the place of structure.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kglmatch.errors import ImageError, KGLMatchError
+from kglmatch.errors import ConfigError, ImageError, KGLMatchError
 from kglmatch.features import to_numpy
 from kglmatch.geometry import corner_error, transform_points
 from kglmatch.matching import distance_from_cosine
@@ -61,6 +62,7 @@ _DOUBTFUL, _REGISTERED = 1.0, 1.1
 # A third witness may stand in for structure: matches found without a prior that agree on the transform.
 _DOUBTFUL_MATCHES, _REGISTERED_MATCHES = LEAST, 16
 _REGISTERED_CONFIDENCE = 0.5
+_LEVEL = 1e-4
 _ALIKE = 1.0  # ir pixels: two transforms that are nearer at the corners are judged once
 _COMPOSED_RADIUS = 5  # pixels at a width of 256 that two registrations in a row may be wrong by
 
@@ -96,10 +98,40 @@ def evidence(support: float, agreed: float, num_matches: int = 0) -> float:
     return max(total, _DOUBTFUL + step * (num_matches - _DOUBTFUL_MATCHES))
 
 
-def confidence(support: float, agreed: float, num_matches: int = 0) -> float:
-    """In [0, 1]; 0.5 where the evidence just reaches what "registered" asks for."""
-    strength = (evidence(support, agreed, num_matches) - _REGISTERED) / (_REGISTERED - _DOUBTFUL)
-    return float(1 / (1 + np.exp(-np.clip(1.5 * strength, -30, 30))))
+def confidence(
+    support: float, agreed: float, num_matches: int = 0, calibration: Mapping[str, Any] | None = None
+) -> float:
+    """In [0, 1]; 0.5 or more exactly where the evidence reaches what "registered" asks for.
+
+    Args:
+        calibration: ``config.inference["confidence"]`` of the model, see `kglmatch.evaluation.confidence`:
+            then it is the share of such registrations that were right. Without it, it only rises with the
+            evidence.
+
+    Raises:
+        ConfigError: a calibration that is no rising curve.
+    """
+    total = evidence(support, agreed, num_matches)
+    strength = (total - _REGISTERED) / (_REGISTERED - _DOUBTFUL)
+    rising = float(1 / (1 + np.exp(-np.clip(1.5 * strength, -30, 30))))
+    if calibration is None:
+        return rising
+    knots, shares = (np.asarray(calibration.get(name, ()), np.float64) for name in ("evidence", "share"))
+    if (
+        not len(knots) == len(shares) > 0
+        or not (np.diff(knots) >= 0).all()
+        or not (np.diff(shares) >= 0).all()
+        or not 0 <= shares[0] <= shares[-1] <= 1
+    ):
+        raise ConfigError(
+            'inference["confidence"] must hold rising lists of one length: "evidence" and "share"'
+        )
+    # Where the curve is level, more evidence still counts a little, so that the better of two is told.
+    share = (1 - _LEVEL) * float(np.interp(total, knots, shares)) + _LEVEL * rising
+    half = _REGISTERED_CONFIDENCE
+    if total >= _REGISTERED:
+        return share if share >= half else half + _LEVEL * rising
+    return share if share < half else half - _LEVEL * (1 - rising)
 
 
 def give_verdict(support: float, agreed: float, num_matches: int = 0) -> Verdict:
@@ -243,7 +275,9 @@ def judge_patches(
     failed = verdict == "failed"
     return Registration(
         verdict=verdict,
-        confidence=confidence(alignment.support, agreed, alignment.num_matches),
+        confidence=confidence(
+            alignment.support, agreed, alignment.num_matches, matcher.config.inference.get("confidence")
+        ),
         transform=None if failed else alignment.transform,
         kind=None if failed else alignment.kind,
         keypoints_vis=alignment.points_vis.astype(np.float32),

@@ -1,0 +1,351 @@
+"""How good is registration with kglmatch, and with others? One command, for anyone.
+
+    pip install "kglmatch[proof,plot]"
+    python benchmarks/proof DATA -o OUT                     # measure, then report; resumes what is there
+    python benchmarks/proof DATA -o OUT --every 8           # every eighth pair
+    python benchmarks/proof DATA -o OUT --report            # the report of what has been measured so far
+    python benchmarks/proof DATA -o OUT --fit               # fit the confidence, on pairs that test nothing
+
+DATA holds the folders named in `pairs.py`; those that are missing are left out. Each pair is warped at
+random, by a seed of its own, at three strengths: up to 6 pixels; up to 10 degrees and a factor of 1.1; any
+rotation and a factor of 1.5. Pairs of different scenes are registered too: whoever accepts one accepts
+falsely. The offset that a set has of its own is removed (`truth.py`).
+
+OUT gets `results.jsonl` (a line for each pair and contender; a killed run resumes with the first that is
+missing), `report.json`, `report.md` and the plots. Each baseline is measured alone, and as a proposer:
+refined and judged by `Matcher.register`, with our own proposal ("NAME + kglmatch") and without it ("NAME,
+judged").
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import contenders
+import numpy as np
+from pairs import FIT, STRENGTHS, TEST, UNRELATED, Task, make_tasks, published, warped
+from report import write_report
+from truth import Truth, own_offset
+
+from kglmatch import Matcher, Registration
+from kglmatch.errors import KGLMatchError
+from kglmatch.evaluation.confidence import fit_confidence
+from kglmatch.files import atomic_output
+from kglmatch.geometry import corner_error
+from kglmatch.registration.limits import Limits
+from kglmatch.registration.verdict import evidence, judge_proposal
+
+RESULTS, TRUTHS, CONFIDENCE = "results.jsonl", "truths.jsonl", "confidence.json"
+JUDGED = ", judged"
+MODELS = {"vis-nir": "kglnet-vis-nir", "vis-lwir": "kglnet-vis-lwir", "vis-sar": "kglnet-vis-sar"}
+RIGHT = 5.0  # pixels
+
+Row = dict[str, Any]
+
+
+class Results:
+    """Lines of JSON that are appended to, and known again after a restart."""
+
+    def __init__(self, path: Path, keys: tuple[str, ...]) -> None:
+        self.path = path
+        self.keys = keys
+        self.rows: list[Row] = read_lines(path)
+        self._known = {self._key(row) for row in self.rows}
+
+    def _key(self, row: Row) -> tuple[str, ...]:
+        return tuple(str(row[key]) for key in self.keys)
+
+    def __contains__(self, key: tuple[str, ...]) -> bool:
+        return key in self._known
+
+    def add(self, rows: list[Row]) -> None:
+        """Appends lines, all of them in one piece."""
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+        self.rows += rows
+        self._known |= {self._key(row) for row in rows}
+
+
+def read_lines(path: Path) -> list[Row]:
+    """The rows of a file of results; a last line that a kill cut short is removed."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def peak_memory(function: Callable[[], Any]) -> tuple[Any, float, float | None]:
+    """What a function returns, its processor seconds, and the MiB that it needed on top, if that is known.
+
+    Processor time, because a machine that others use too takes longer by the clock.
+    """
+    before = _status("VmRSS") if _reset_peak() else None
+    began = time.process_time()
+    value = function()
+    seconds = time.process_time() - began
+    peak = _status("VmHWM")
+    return value, seconds, None if before is None or peak is None else max(0.0, peak - before)
+
+
+def _reset_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(name: str) -> float | None:
+    """MiB of a line of /proc/self/status."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((float(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+class Run:
+    """Measures tasks with one model a set.
+
+    Args:
+        out: the folder of results.
+        names: contenders, "kglmatch" among them or not.
+        models: set -> model.
+        known_truth: takes the published transform of each pair for true, for quick runs.
+    """
+
+    def __init__(self, out: Path, names: list[str], models: dict[str, str], known_truth: bool) -> None:
+        self.results = Results(out / RESULTS, ("task", "contender"))
+        self.truths = Results(out / TRUTHS, ("pair",))
+        self._known_truth = known_truth
+        self._models = models
+        self._matchers: dict[str, Matcher] = {}
+        self._ours = contenders.OURS in names
+        self._baselines = {name: contenders.load(name) for name in names if name != contenders.OURS}
+
+    def measure(self, task: Task) -> None:
+        """Adds what is missing of a task."""
+        missing = [
+            name
+            for name in ([contenders.OURS] if self._ours else []) + list(self._baselines)
+            if (task.key, name) not in self.results
+        ]
+        if not missing:
+            return
+        vis, ir = task.images()
+        truth = self._truth(task, vis, ir)
+        warp = task.warp((ir.shape[1], ir.shape[0]))
+        moved, true = warped(ir, warp), None if truth is None else warp @ truth.transform
+        limits = Limits(**dict(STRENGTHS[task.strength].limits)) if task.strength in STRENGTHS else Limits()
+        matcher = self._matcher(task.set_name)
+        facts: Row = {
+            "task": task.key,
+            "set": task.set_name,
+            "subset": task.subset,
+            "pair": f"{task.set_name}/{task.subset}/{task.vis.name}",
+            "strength": task.strength,
+            "confirmed": truth is not None and truth.confirmed,
+        }
+        for name in missing:
+            self.results.add(self._contend(name, matcher, vis, moved, true, limits, facts))
+
+    def _contend(
+        self,
+        name: str,
+        matcher: Matcher,
+        vis: np.ndarray,
+        ir: np.ndarray,
+        true: np.ndarray | None,
+        limits: Limits,
+        facts: Row,
+    ) -> list[Row]:
+        size = vis.shape[1], vis.shape[0]
+        if name == contenders.OURS:
+            found, seconds, mib = peak_memory(lambda: matcher.register(vis, ir, **asdict(limits)))
+            return [{**facts, "contender": name, **judged_row(found, true, size), **cost(seconds, mib)}]
+        proposal, seconds, mib = peak_memory(lambda: contenders.propose(name, self._baselines[name], vis, ir))
+        transform, inliers = contenders.alone(proposal)
+        row = {**facts, "contender": name, "verdict": None, "confidence": None, "inliers": inliers}
+        row |= {
+            "found": transform is not None,
+            "error": error_of(transform, true, size),
+            **cost(seconds, mib),
+        }
+        judged, more, mib = peak_memory(lambda: judge_proposal(matcher, vis, ir, proposal, limits))
+        judged_facts = {**facts, "contender": f"{name}{JUDGED}", **judged_row(judged, true, size)}
+        return [row, {**judged_facts, **cost(seconds + more, mib)}]
+
+    def _matcher(self, set_name: str) -> Matcher:
+        if set_name not in self._matchers:
+            self._matchers[set_name] = Matcher.from_pretrained(self._models[set_name], device="cpu")
+        return self._matchers[set_name]
+
+    def _truth(self, task: Task, vis: np.ndarray, ir: np.ndarray) -> Truth | None:
+        """The true transform of the pair, looked for once; None for unrelated images."""
+        if task.strength == UNRELATED:
+            return None
+        pair = f"{task.set_name}/{task.subset}/{task.vis.name}"
+        if (pair,) not in self.truths:
+            place = published(task.vis)
+            found = Truth(place, True, "published") if self._known_truth else own_offset(vis, ir, place)
+            self.truths.add([{"pair": pair, **asdict(replace(found, transform=found.transform.tolist()))}])
+        row = next(row for row in self.truths.rows if row["pair"] == pair)
+        return Truth(np.array(row["transform"]), row["confirmed"], row["by"])
+
+
+def judged_row(found: Registration | None, true: np.ndarray | None, size: tuple[int, int]) -> Row:
+    """The columns of a registration with a verdict; of None, where there was nothing to judge."""
+    if found is None:
+        return {"verdict": "failed", "confidence": 0.0, "found": False, "error": None, "inliers": 0}
+    return {
+        "verdict": found.verdict,
+        "confidence": round(found.confidence, 5),
+        "found": found.transform is not None,
+        "error": error_of(found.transform, true, size),
+        "inliers": int(found.inliers.sum()),
+        "support": round(found.support, 5),
+        "agreement": round(found.agreement, 5),
+        "num_matches": found.num_matches,
+    }
+
+
+def cost(seconds: float, mib: float | None) -> Row:
+    """The columns of time and memory."""
+    return {"seconds": round(seconds, 3), "mib": None if mib is None else round(mib, 1)}
+
+
+def error_of(found: np.ndarray | None, true: np.ndarray | None, size: tuple[int, int]) -> float | None:
+    """Mean corner error in ir pixels; None where there is none."""
+    if found is None or true is None:
+        return None
+    error = corner_error(found, true, size)
+    return round(error, 4) if np.isfinite(error) else None
+
+
+def fit(out: Path) -> dict[str, dict[str, list[float]]]:
+    """The confidence of each set's model, from what was measured on the pairs for fitting; written to OUT."""
+    curves = {}
+    rows = [row for row in read_lines(out / RESULTS) if "support" in row]
+    for set_name in dict.fromkeys(row["set"] for row in rows):
+        own = [r for r in rows if r["set"] == set_name and (r["confirmed"] or r["strength"] == UNRELATED)]
+        measured = np.array([evidence(r["support"], r["agreement"], r["num_matches"]) for r in own])
+        right = np.array([r["error"] is not None and r["error"] <= RIGHT for r in own])
+        curves[set_name] = fit_confidence(measured, right)
+        print(f"{set_name}: {len(own)} registrations, {right.sum()} within {RIGHT:g} px: {curves[set_name]}")
+    with atomic_output(out / CONFIDENCE) as temporary:
+        temporary.write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
+    return curves
+
+
+def write_into_models(curves: dict[str, dict[str, list[float]]], models: dict[str, str]) -> None:
+    """Writes the confidence into the config.json of models that are folders."""
+    for set_name, curve in curves.items():
+        path = Path(models[set_name]) / "config.json"
+        if not path.is_file():
+            raise KGLMatchError(
+                f"--write needs folders of models: there is no {path}; give --models SET=FOLDER"
+            )
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["inference"]["confidence"] = curve
+        with atomic_output(path) as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {path}")
+
+
+def chosen_contenders(names: list[str] | None) -> list[str]:
+    """Those that were named, or all that can be loaded; what is missing is said."""
+    if names is not None:
+        return names
+    reasons = contenders.available()
+    for reason in filter(None, reasons.values()):
+        print(reason, file=sys.stderr)
+    return [contenders.OURS, *(name for name, reason in reasons.items() if not reason)]
+
+
+def models_of(texts: list[str]) -> dict[str, str]:
+    """Set -> model, from SET=MODEL."""
+    models = dict(MODELS)
+    for text in texts:
+        name, _, model = text.partition("=")
+        if name not in MODELS or not model:
+            raise KGLMatchError(f"--models takes SET=MODEL with a SET of {', '.join(MODELS)}, got {text!r}")
+        models[name] = model
+    return models
+
+
+def progress(tasks: list[Task]) -> Iterator[Task]:
+    """The tasks, each announced by a line."""
+    for number, task in enumerate(tasks, 1):
+        print(f"{time.strftime('%H:%M:%S')} {number}/{len(tasks)} {task.key}", flush=True)
+        yield task
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/proof",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("data", type=Path, metavar="DATA")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", required=True)
+    parser.add_argument("--sets", nargs="+", choices=TEST, default=list(TEST))
+    parser.add_argument("--strengths", nargs="+", choices=STRENGTHS, default=list(STRENGTHS))
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="default: all that are installed")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="every Nth pair")
+    parser.add_argument("--limit", type=int, metavar="N", help="pairs of each set, at most")
+    parser.add_argument(
+        "--unrelated", type=int, default=167, metavar="N", help="pairs of each set (%(default)s)"
+    )
+    parser.add_argument("--models", nargs="+", default=[], metavar="SET=MODEL")
+    parser.add_argument("--published", action="store_true", help="take the sets' own transforms for true")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--fit", action="store_true", help="fit the confidence on pairs that test nothing")
+    parser.add_argument(
+        "--write", action="store_true", help="with --fit: write it into the models' config.json"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    models = models_of(args.models)
+    args.output.mkdir(parents=True, exist_ok=True)
+    if not args.report:
+        parts = FIT if args.fit else TEST
+        tasks = make_tasks(
+            args.data,
+            {name: parts[name] for name in args.sets},
+            strengths=args.strengths,
+            every=args.every,
+            limit=args.limit,
+            unrelated=args.unrelated,
+        )
+        names = [contenders.OURS] if args.fit else chosen_contenders(args.contenders)
+        run = Run(args.output, names, models, args.published)
+        for task in progress(tasks):
+            run.measure(task)
+    if args.fit:
+        curves = fit(args.output)
+        if args.write:
+            write_into_models(curves, models)
+        return 0
+    print(write_report(args.output, read_lines(args.output / RESULTS), read_lines(args.output / TRUTHS)))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KGLMatchError as error:
+        sys.exit(f"error: {error}")
