@@ -368,6 +368,12 @@ def test_short_card_says_what_is_not_known(folder, tmp_path):
     assert "license:" not in text
 
 
+def test_card_says_whether_the_confidence_is_calibrated():
+    calibrated = KGLNetConfig(inference={"confidence": {"evidence": [1.0], "share": [0.9]}})
+    assert "is calibrated for these weights" in ModelCard("x").render(calibrated)
+    assert "calibrated" not in ModelCard("x").render(KGLNetConfig())
+
+
 def test_card_text_of_ones_own(matcher, tmp_path):
     matcher.save_pretrained(tmp_path, card="# Mine\n")
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "# Mine\n"

@@ -198,6 +198,15 @@ def test_distance_from_what_holds_decides():
     assert (failed.verdict, failed.transform) == ("failed", None)
 
 
+def test_coarse_structure_decides_where_fine_structure_is_noise():
+    """The reference has moved by 8 pixels; its support of 1.0 is matched by that of coarse structure."""
+    astray = dataclasses.replace(made_up(), transform=moved(8))
+    assert as_given(TRUE, astray).verdict == "failed"
+    assert as_given(TRUE, astray, (moved(1), 0.95)).verdict == "registered"
+    assert as_given(TRUE, astray, (moved(1), 0.5)).verdict == "failed"  # fine structure says more
+    assert as_given(TRUE, astray, (moved(7), 0.95)).verdict == "failed"
+
+
 def test_pixels_are_those_of_the_coarser_image():
     fine = np.diag([10.0, 10, 1])  # the ir image has ten times the pixels
     reference = dataclasses.replace(made_up(), transform=fine)

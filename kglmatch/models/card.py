@@ -23,6 +23,11 @@ _SENSORS = {
 # The Hub refuses a card whose data sets are not named like repositories.
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
+_CONFIDENCE = """\
+The confidence of a registration is calibrated for these weights (`inference.confidence` in `config.json`): on
+pairs that test nothing, about that share of the registrations with such evidence was within 5 pixels. Fitted
+by `python benchmarks/proof DATA -o OUT --fit`."""
+
 _CITATION = """\
 ```bibtex
 @article{yu2024kglnet,
@@ -114,6 +119,8 @@ class ModelCard:
             _introduction(config),
             f"## Use\n\n{_usage(self.load or self.name)}",
         ]
+        if "confidence" in config.inference:
+            parts.append(_CONFIDENCE)
         if self.notes:
             parts.append(self.notes.strip())
         if self.datasets or self.pairs_seen is not None:

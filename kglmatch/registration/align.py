@@ -217,6 +217,22 @@ def best_start(vis: Image, ir: Image, starts: Sequence[Matrix]) -> Matrix | None
     return max(starts, key=coarse_vote)
 
 
+def coarse_fit(vis: Image, ir: Image, start: Matrix) -> tuple[Matrix, float] | None:
+    """The correction of a transform that coarse structure alone speaks for, and its support.
+
+    A similarity at the coarsest level: where a sensor's fine structure is noise, more parameters and finer
+    levels follow the noise.
+
+    Returns:
+        (3, 3) from visible to ir pixels and mean held-out vote, or None if fewer than 8 windows are covered.
+    """
+    level = make_level(vis, ir, start, FIRST_SIDE, radius=10, across=9)
+    if level is None:
+        return None
+    correction, _ = _fit(level, ("similarity",), (2.0, 1.0))
+    return level.full(correction), _held_out(level, "similarity", correction)
+
+
 def mean_vote(vis: Image, ir: Image, transform: Matrix) -> float | None:
     """How clearly the finest structure of two images agrees with a transform as it is: about 0 (not) to 3.
 

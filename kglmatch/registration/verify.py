@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kglmatch.geometry import transform_points
 from kglmatch.options import DEFAULT_KIND, VERIFY_TOLERANCE
 from kglmatch.patch_matcher import PatchMatcher
-from kglmatch.registration.align import Alignment, best_start, refine
+from kglmatch.registration.align import Alignment, best_start, coarse_fit, refine
 from kglmatch.registration.from_matches import align_by_matches
 from kglmatch.registration.limits import Limits
 from kglmatch.registration.proposals import Proposal, candidates, is_usable, transform_kind
@@ -29,6 +29,7 @@ Matrix = NDArray[np.float64]
 
 _MOST = 95  # percentile of the places that must be within the tolerance
 _INLIER_RESIDUAL = 2.0  # pixels
+_AS_MUCH = 0.9  # of the support
 # How far matched keypoints are looked for around the given transform, in the visible frame.
 _AROUND_ROTATION, _AROUND_SCALE = 10.0, 1.2
 
@@ -48,10 +49,12 @@ def verify(
     reference = None if transform is None else _nearby(matcher, vis, ir, transform, kind, given.name)
     if transform is None or reference is None:
         return nothing_found(vis, ir, given.name)
-    return reference if refined else as_given(transform, reference)
+    return reference if refined else as_given(transform, reference, coarse_fit(vis, ir, transform))
 
 
-def as_given(transform: Matrix, reference: Registration) -> Registration:
+def as_given(
+    transform: Matrix, reference: Registration, coarse: tuple[Matrix, float] | None = None
+) -> Registration:
     """A transform with the verdict that a registration near it allows.
 
     Up to `VERIFY_TOLERANCE` from the registration, its verdict and confidence are the transform's; up to
@@ -60,14 +63,16 @@ def as_given(transform: Matrix, reference: Registration) -> Registration:
     Args:
         transform: (3, 3) from visible to ir pixels.
         reference: what holds around it.
+        coarse: what coarse structure alone says, see `align.coarse_fit`: it decides how far the transform is
+            off where it has about as much support as the reference, which then may follow noise.
     """
     if reference.transform is None:
         return reference
     places = reference.keypoints_vis.astype(np.float64)
     predicted = transform_points(transform, places)
-    zoom = float(np.sqrt(abs(np.linalg.det(reference.transform[:2, :2]))))
-    apart = np.linalg.norm(predicted - transform_points(reference.transform, places), axis=1)
-    off = float(np.percentile(apart, _MOST)) / max(1.0, zoom)
+    off = _distance(transform, reference.transform, places)
+    if coarse is not None and coarse[1] >= _AS_MUCH * reference.support:
+        off = min(off, _distance(transform, coarse[0], places))
     verdict, confidence = reference.verdict, reference.confidence
     if off > VERIFY_TOLERANCE:
         # Never 0.5, and nothing at twice the tolerance.
@@ -84,6 +89,13 @@ def as_given(transform: Matrix, reference: Registration) -> Registration:
         residuals=residuals,
         inliers=reference.inliers & (residuals < _INLIER_RESIDUAL),
     )
+
+
+def _distance(transform: Matrix, other: Matrix, places: Matrix) -> float:
+    """How far two transforms are apart at nearly all places (P, 2), in pixels of the coarser image."""
+    zoom = float(np.sqrt(abs(np.linalg.det(other[:2, :2]))))
+    apart = np.linalg.norm(transform_points(transform, places) - transform_points(other, places), axis=1)
+    return float(np.percentile(apart, _MOST)) / max(1.0, zoom)
 
 
 def _nearby(
