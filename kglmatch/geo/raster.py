@@ -154,6 +154,16 @@ class Raster(AbstractContextManager["Raster"]):
         return Grid.from_affine(source.crs, source.transform, source.width, source.height)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.source.width, self.source.height
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the first of the bands that are matched."""
+        return np.dtype(self.source.dtypes[self.bands[0] - 1])
+
+    @property
     def alpha(self) -> int | None:
         """Number of the alpha band, if there is one."""
         colours = list(self.source.colorinterp)
@@ -216,8 +226,8 @@ class Raster(AbstractContextManager["Raster"]):
 
     def _stretch(self) -> tuple[float, float]:
         """The values that become 0 and 1, as in `kglmatch.images.load_image`."""
-        dtype = np.dtype(self.source.dtypes[self.bands[0] - 1])
-        width, height = self.source.width, self.source.height
+        dtype = self.dtype
+        width, height = self.size
         factor = min(1.0, _SAMPLED / max(width, height))
         size = max(1, round(width * factor)), max(1, round(height * factor))
         values, valid = self._read_values((0, 0, width, height), size, average=False)
@@ -255,8 +265,8 @@ class Raster(AbstractContextManager["Raster"]):
         bounds = bounds_within(grid, own)
         if bounds is None:
             return image, nothing
-        step = _step(grid, own)
-        x, y, right, bottom = _window(bounds, step, own)
+        step = step_between(grid, own)
+        x, y, right, bottom = needed_window(bounds, step, own)
         if right <= x or bottom <= y:
             return image, nothing
         exact = _exact_window(grid, own)
@@ -308,15 +318,17 @@ class Raster(AbstractContextManager["Raster"]):
         self.close()
 
 
-def _step(grid: Grid, own: Grid) -> float:
-    """How many pixels of a raster a pixel of the grid is wide, at its middle."""
+def step_between(grid: Grid, own: Grid) -> float:
+    """How many pixels of a raster's own grid a pixel of a grid is wide, at its middle."""
     middle = np.array([[(grid.width - 1) / 2, (grid.height - 1) / 2]])
     at = pixels_between(grid, own, middle + np.array([[0, 0], [0.5, 0], [0, 0.5]]))
     area = abs(np.linalg.det(2 * (at[1:] - at[0])))
     return float(np.sqrt(area)) if np.isfinite(area) and area > 0 else 1.0
 
 
-def _window(bounds: tuple[float, float, float, float], step: float, own: Grid) -> tuple[int, int, int, int]:
+def needed_window(
+    bounds: tuple[float, float, float, float], step: float, own: Grid
+) -> tuple[int, int, int, int]:
     """The pixels of a raster that an interpolation needs: left, top, right, bottom, within it."""
     reach = _MARGIN * max(1.0, step)
     left, top = (max(0, int(np.floor(min(v - reach, 1e9)))) for v in bounds[:2])

@@ -296,7 +296,7 @@ def _write_pieces(
     count = raster.source.count
     with counter("write", total=len(pieces), done=0, show=progress, unit="block") as advance:
         for piece in pieces:
-            for window, piece_grid in _straight_pieces(grid, piece, mapping):
+            for window, piece_grid in straight_pieces(grid, piece, mapping):
                 pixels = warp(piece_grid)
                 output.write(pixels[:count], window=window)
                 if not masked:
@@ -346,7 +346,7 @@ class _Warp:
             return warped.read()
 
 
-def _straight_pieces(grid: Grid, window: Window, mapping: Matrix | Mapping) -> Iterator[tuple[Window, Grid]]:
+def straight_pieces(grid: Grid, window: Window, mapping: Matrix | Mapping) -> Iterator[tuple[Window, Grid]]:
     """Parts of a window within which the mapping is affine, each with the grid to read the raster on."""
     x, y, width, height = window.col_off, window.row_off, window.width, window.height
     moved = mapping if callable(mapping) else (lambda points: transform_points(mapping, points))
@@ -367,7 +367,7 @@ def _straight_pieces(grid: Grid, window: Window, mapping: Matrix | Mapping) -> I
                     width - left if left or half_x >= width else half_x,
                     height - top if top or half_y >= height else half_y,
                 )
-                yield from _straight_pieces(grid, part, mapping)
+                yield from straight_pieces(grid, part, mapping)
         return
     affine = np.eye(3)
     affine[:2] = fitted.T
