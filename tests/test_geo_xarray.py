@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -16,9 +18,11 @@ from test_geo import BANDS, CUT, ERROR, EXPECTED, PLACE, SIDE, UTM, Edges, examp
 import kglmatch.geo.xarray  # noqa: E402, F401
 from kglmatch.errors import ImageError, KGLMatchError  # noqa: E402
 from kglmatch.geo import register as register_module  # noqa: E402
+from kglmatch.geo import write as write_module  # noqa: E402
 from kglmatch.geo.arrays import ArrayRaster, ArrayWarp  # noqa: E402
 from kglmatch.geo.raster import Raster  # noqa: E402
 from kglmatch.geo.write import save_on_grid  # noqa: E402
+from kglmatch.registration.displacement import DisplacementField, LocalCorrection  # noqa: E402
 
 
 def array_of(pixels, transform, crs=UTM, *, name=None, nodata=None, dims=("band", "y", "x"), **coords):
@@ -87,7 +91,7 @@ def test_the_result_is_on_the_other_grid_with_all_that_it_was(red, stack, found,
 def test_the_pixels_are_those_that_the_command_writes(tmp_path, stack, found, aligned):
     stack.rio.to_raster(tmp_path / "nir.tif")
     with Raster(tmp_path / "nir.tif") as nir:
-        save_on_grid(nir, tmp_path / "aligned.tif", found.grid, found.registration.transform)
+        save_on_grid(nir, tmp_path / "aligned.tif", found.grid, found.mapping())
     with Raster(tmp_path / "aligned.tif") as file:
         written = file.source.read()
     apart = np.abs(written.astype(int) - aligned.values)
@@ -131,7 +135,7 @@ def test_a_block_reads_the_window_that_it_needs(red, stack, found):
     lazy = stack.isel(band=0).chunk({"y": 64, "x": 64})
     lazy = lazy.copy(data=lazy.data.map_blocks(note, dtype=lazy.dtype, meta=lazy.data._meta))
     grid = found.grid
-    warp = ArrayWarp(found.ir_grid, grid, found.registration.transform, Resampling.cubic, 0, 0)
+    warp = ArrayWarp(found.ir_grid, grid, found.mapping(), Resampling.cubic, 0, 0)
     whole = warp(lazy.data, side=64)
     assert whole.shape == (SIDE, SIDE) and not read
     corner = whole[:64, :64].compute()
@@ -244,6 +248,32 @@ def test_large_arrays_by_windows(monkeypatch, edges, red, stack):
     result = stack.chunk({"y": 100, "x": 100}).kglmatch.registration_to(red.chunk(), edges)
     assert result.registration.verdict == "registered"
     np.testing.assert_allclose(result.shift_metres, [-ERROR[0], -ERROR[1]], atol=3)
+
+
+def test_a_local_correction_is_applied(tmp_path, red, stack, found, aligned):
+    """As the command applies it, and the same for numpy and dask."""
+    field = DisplacementField.zero((SIDE, SIDE), (4, 4))
+    field.control[:, 5:, 0] = 2.0  # pixels, towards the right side
+    correction = LocalCorrection(field, "", *[np.empty((0, 2))] * 2, np.empty(0), 0.0, 0.0)
+    registration = dataclasses.replace(found.registration, correction=correction)
+    corrected = dataclasses.replace(found, registration=registration)
+    result = stack.kglmatch.register_to(red, found=corrected)
+    apart = np.abs(result.values[0].astype(int) - aligned.values[0]).mean(axis=0)
+    assert apart[:60].mean() < 3 and apart[-60:].mean() > 20
+    stack.rio.to_raster(tmp_path / "nir.tif")
+    with Raster(tmp_path / "nir.tif") as nir:
+        save_on_grid(nir, tmp_path / "aligned.tif", found.grid, corrected.mapping())
+    with Raster(tmp_path / "aligned.tif") as file:
+        apart = np.abs(file.source.read().astype(int) - result.values)
+    assert np.quantile(apart, 0.99) <= 1
+    lazily = stack.chunk({"y": 90, "x": 110}).kglmatch.register_to(red, found=corrected)
+    np.testing.assert_array_equal(lazily.values, result.values)
+
+
+def test_small_pieces_are_as_sharp_as_a_large_one(monkeypatch, red, stack, found, aligned):
+    monkeypatch.setattr(write_module, "_STRAIGHT", -1.0)
+    result = stack.kglmatch.register_to(red, found=found)
+    assert np.quantile(np.abs(result.values.astype(int) - aligned.values), 0.99) <= 1
 
 
 def test_nothing_is_returned_where_nothing_was_found(edges, red):

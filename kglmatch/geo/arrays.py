@@ -19,7 +19,7 @@ from rioxarray.exceptions import RioXarrayError
 from kglmatch.errors import ImageError
 from kglmatch.geo.grid import GDAL_ERRORS, Grid, bounds_within, one_line
 from kglmatch.geo.raster import Mask, Raster, needed_window, step_between
-from kglmatch.geo.write import Mapping, straight_pieces
+from kglmatch.geo.write import Mapping, straight_pieces, warp_scale
 
 Matrix = NDArray[np.float64]
 Box = tuple[int, int, int, int]
@@ -270,7 +270,8 @@ class ArrayWarp:
             for (top, bottom), (left, right) in product(rows, columns):
                 block = Window(left, top, right - left, bottom - top)
                 x, y, w, h = self.window(block)
-                out[..., top:bottom, left:right] = self.block(pixels[..., y : y + h, x : x + w], block)
+                part = pixels[..., y : y + h, x : x + w]
+                out[..., top:bottom, left:right] = self.block(part, block, (x, y))
             return out
         return self._lazily(pixels, rows, columns)
 
@@ -296,7 +297,7 @@ class ArrayWarp:
                     part = pixels[(*chosen, slice(y, y + h), slice(x, x + w))]
                     blocks[-1].append(
                         dask.array.from_delayed(
-                            warp(part, block), (*counts, bottom - top, right - left), meta=meta
+                            warp(part, block, (x, y)), (*counts, bottom - top, right - left), meta=meta
                         )
                     )
             return blocks
@@ -316,14 +317,14 @@ class ArrayWarp:
         lefts, tops, rights, bottoms = zip(*boxes, strict=True)
         return min(lefts), min(tops), max(rights) - min(lefts), max(bottoms) - min(tops)
 
-    def block(self, pixels: NDArray[Any], block: Window) -> NDArray[Any]:
-        """A block of the result, from the pixels (..., h, w) of its `window`."""
+    def block(self, pixels: NDArray[Any], block: Window, corner: tuple[int, int]) -> NDArray[Any]:
+        """A block of the result, from the pixels (..., h, w) of its `window`, which begins at a corner."""
         size = block.height, block.width
         out = np.full((*pixels.shape[:-2], *size), self.fill, pixels.dtype)
         if 0 in pixels.shape:
             return out
-        x, y, width, height = self.window(block)
-        source = self.own.part(x, y, width, height)
+        height, width = pixels.shape[-2:]
+        source = self.own.part(*corner, width, height)
         layers, filled = pixels.reshape(-1, height, width), out.reshape(-1, *size)
         for window, piece in straight_pieces(self.grid, block, self.mapping):
             rows, columns = window.toslices()
@@ -363,6 +364,7 @@ def _reproject(
             dst_nodata=fill,
             resampling=Resampling.nearest if dtype == np.bool_ else how,
             tolerance=_TOLERANCE,
+            **warp_scale(piece, source),
         )
     except GDAL_ERRORS as error:
         raise ImageError(f"cannot put the array on the other grid: {one_line(error)}") from None

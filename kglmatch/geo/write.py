@@ -26,7 +26,7 @@ from rasterio.windows import Window
 from kglmatch.errors import KGLMatchError, OutputError
 from kglmatch.files import atomic_output
 from kglmatch.geo.grid import GDAL_ERRORS, Grid, one_line
-from kglmatch.geo.raster import Raster, gdal_settings
+from kglmatch.geo.raster import Raster, gdal_settings, step_between
 from kglmatch.geometry import transform_points
 from kglmatch.options import DEFAULT_RESAMPLING, RESAMPLINGS
 from kglmatch.progress import counter
@@ -40,6 +40,7 @@ _PIECE = 2048  # pixels, side of what is warped at once
 _LEAST_PIECE = 16
 _WARP_MB = 128
 _TOLERANCE = 0.02  # input pixels by which GDAL may approximate the map projection
+_SAME_STEP = 0.05  # pixels by which a pixel size may differ from a multiple of another
 _STRAIGHT = 0.05  # pixels by which an affine may differ from the mapping within a piece
 _LOSSY = ("jpeg", "ycbcr jpeg", "webp", "lerc", "jpeg2000", "jxl")
 _MODEL_TIES, _MODEL_MATRIX = 33922, 34264  # TIFF tags
@@ -341,9 +342,22 @@ class _Warp:
             width=grid.width,
             height=grid.height,
             src_crs=self._own.crs if self._own.crs == grid.crs else self._own.wrapped_crs(),
+            **warp_scale(grid, self._own),
             **self._options,
         ) as warped:
             return warped.read()
+
+
+def warp_scale(grid: Grid, own: Grid) -> dict[str, float]:
+    """GDAL's options that say by how much a raster's own pixels are shrunk on a grid.
+
+    GDAL itself divides the sizes of source and target windows, which are rounded: a piece of few pixels
+    would seem to be shrunk, and be blurred.
+    """
+    step = max(1.0, step_between(grid, own))
+    # As GDAL does, so that neighbouring pieces are treated alike.
+    step = round(step) if abs(step - round(step)) < _SAME_STEP else step
+    return {"XSCALE": 1 / step, "YSCALE": 1 / step}
 
 
 def straight_pieces(grid: Grid, window: Window, mapping: Matrix | Mapping) -> Iterator[tuple[Window, Grid]]:

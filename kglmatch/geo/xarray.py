@@ -16,7 +16,13 @@ from rasterio.enums import Resampling
 from kglmatch.errors import KGLMatchError
 from kglmatch.geo.arrays import ArrayRaster, ArrayWarp, check_array, default_fill, grid_of, spatial_dims
 from kglmatch.geo.grid import same_grid
-from kglmatch.geo.register import RasterCheck, RasterRegistration, check_rasters, register_rasters
+from kglmatch.geo.register import (
+    RasterCheck,
+    RasterRegistration,
+    check_rasters,
+    correct_rasters,
+    register_rasters,
+)
 from kglmatch.matcher import Matcher
 from kglmatch.options import DEFAULT_CHECK_DISPLACEMENT, DEFAULT_MODEL, DEFAULT_RESAMPLING, RESAMPLINGS
 from kglmatch.patch_matcher import PatchMatcher
@@ -53,6 +59,7 @@ class KGLMatchAccessor:
         *,
         vis_band: str | int | None = None,
         ir_band: str | int | None = None,
+        local: bool = False,
         **options: Any,
     ) -> RasterRegistration:
         """Finds where the array's content really is, beginning with where its coordinates put it.
@@ -64,6 +71,8 @@ class KGLMatchAccessor:
             matcher: a `Matcher`, or the name of a model, which is then loaded once and kept.
             vis_band, ir_band: which band is matched: its number from 1, its label along the dimension of
                 bands, or its name in `long_name`; None takes the first.
+            local: also correct the smooth displacement that the transform leaves over, where the arrays
+                support it.
             options: kind, max_displacement, max_rotation, max_scale, proposers, progress, as for
                 `kglmatch.geo.register_rasters`.
 
@@ -76,7 +85,9 @@ class KGLMatchAccessor:
             KGLMatchError: a parameter out of range.
         """
         first, second = self._pair(vis, vis_band, ir_band)
-        return register_rasters(_matcher(matcher), first, second, **options)
+        scorer = _matcher(matcher)
+        found = register_rasters(scorer, first, second, **options)
+        return correct_rasters(scorer, first, second, found) if local else found
 
     def register_to(
         self,
@@ -132,7 +143,7 @@ class KGLMatchAccessor:
                 f"{name} was not registered to {_name(vis, 'the visible array')}: nothing is warped"
             )
         warp = ArrayWarp(
-            own.near(grid), grid, found.registration.transform, Resampling[resampling], array.rio.nodata, fill
+            own.near(grid), grid, found.mapping(), Resampling[resampling], array.rio.nodata, fill
         )
         rows, columns = spatial_dims(array)
         pixels = array.transpose(..., rows, columns)
