@@ -31,7 +31,17 @@ FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<text>.*?)^(?P=i
 # Text and figures that nothing runs.
 OTHER_LANGUAGES = {"text", "bibtex", "toml", "json", "cpp", "cmake"}
 # Programs other than kglmatch that the pages call.
-OTHER_PROGRAMS = {"pip", "pytest", "python", "mkdocs", "cmake", "torchrun", "pre-commit", "mike"}
+OTHER_PROGRAMS = {
+    "pip",
+    "pytest",
+    "python",
+    "mkdocs",
+    "cmake",
+    "torchrun",
+    "qgis_process",
+    "pre-commit",
+    "mike",
+}
 # Commands that take no more than a second or two; of the others the options alone are checked.
 QUICK = {"info", "match", "score"}
 FEW_KEYPOINTS = 16

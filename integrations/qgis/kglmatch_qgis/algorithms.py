@@ -48,12 +48,6 @@ class _Algorithm(QgsProcessingAlgorithm):
     def createInstance(self):
         return type(self)()
 
-    def flags(self):
-        return super().flags() | QgsProcessingAlgorithm.FlagCanCancel
-
-    def helpUrl(self):
-        return ""
-
     # --- parameters -----------------------------------------------------------------------------------
 
     def _add_rasters(self):
@@ -364,7 +358,7 @@ class TiePointsAlgorithm(_Algorithm):
     def shortHelpString(self):
         return (
             "Registers two rasters and writes the places that were compared: a GeoPackage (or CSV) of "
-            "points in the coordinate reference system of the visible raster, with pixel and map coordinates "
+            "points in the coordinate reference system of the visible raster, with pixel coordinates "
             f"in both rasters, displacement and confidence.<br><br>"
             f"{_BANDS_HELP}{_MODEL_HELP}{_DISPLACEMENT_HELP}"
         )
