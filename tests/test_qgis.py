@@ -321,9 +321,19 @@ def test_lines_of_progress_are_at_most_a_hundred(monkeypatch, capsys):
     assert len(capsys.readouterr().err.splitlines()) <= 101
 
 
-def test_shifts_in_words():
-    assert command.shift_in_words({"shift_metres": [-30.69, 0.34]}) == "30.69 m west and 0.34 m north"
-    assert command.shift_in_words({"shift_metres": None}) == command.shift_in_words({}) == ""
+@pytest.mark.parametrize(
+    ("result", "text"),
+    [
+        (
+            {"verdict": "registered", "confidence": 0.987, "shift_metres": [-30.69, 0.34]},
+            "registered, confidence 0.99, moved by 30.69 m west and 0.34 m north",
+        ),
+        ({"verdict": "failed", "confidence": 0.1, "shift_metres": None}, "failed, confidence 0.10"),
+        ({"verdict": "registered", "median_error": 2.941}, "registered, median displacement 2.94 px"),
+    ],
+)
+def test_results_in_one_line(result, text):
+    assert command.summary(result) == text
 
 
 # --- in QGIS ----------------------------------------------------------------------------------------------
@@ -434,6 +444,8 @@ def test_check_in_qgis(qgis, rasters, tmp_path):
         "--",
         f"VIS={rasters / 'red.tif'}",
         f"IR={rasters / 'nir.tif'}",
+        "UNIT=metres",
+        "MAX_DISPLACEMENT=100",
         f"RESIDUAL_FIELD={tmp_path / 'field.tif'}",
     )
     assert code == 0, text + errors

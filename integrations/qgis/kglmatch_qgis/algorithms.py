@@ -123,7 +123,8 @@ class _Algorithm(QgsProcessingAlgorithm):
         return self.parameterAsInt(parameters, name, context) or None
 
     def _number(self, parameters, name, context):
-        return None if parameters.get(name) is None else self.parameterAsDouble(parameters, name, context)
+        value = parameters.get(name, self.parameterDefinition(name).defaultValue())
+        return None if value is None else self.parameterAsDouble(parameters, name, context)
 
     def _target(self, parameters, name, context):
         return self.parameterAsFileOutput(parameters, name, context) or None
@@ -131,9 +132,7 @@ class _Algorithm(QgsProcessingAlgorithm):
     def _common(self, parameters, context):
         """The options that all commands take."""
         other = self.parameterAsString(parameters, "OTHER_MODEL", context).strip()
-        displacement = (
-            self._number(parameters, "MAX_DISPLACEMENT", context) if self._has("MAX_DISPLACEMENT") else None
-        )
+        displacement = self._number(parameters, "MAX_DISPLACEMENT", context)
         return {
             "vis-band": self._band(parameters, "VIS_BAND", context),
             "ir-band": self._band(parameters, "IR_BAND", context),
@@ -142,9 +141,6 @@ class _Algorithm(QgsProcessingAlgorithm):
                 displacement, self.parameterAsEnumString(parameters, "UNIT", context)
             ),
         }
-
-    def _has(self, name):
-        return self.parameterDefinition(name) is not None
 
     def _call(self, parameters, context, feedback, options):
         """Runs the program; returns what it printed as JSON, and whether its verdict is a failure.
@@ -173,9 +169,7 @@ class _Algorithm(QgsProcessingAlgorithm):
         result = finished.result
         for path in result.get("written", []):
             feedback.pushInfo(f"wrote {path}")
-        verdict = f"{result.get('verdict')}, confidence {result.get('confidence', 0):.2f}"
-        shift = kglmatch.shift_in_words(result)
-        feedback.pushInfo(f"{verdict}; moved by {shift}" if shift else verdict)
+        feedback.pushInfo(kglmatch.summary(result))
         if result.get("verdict") == "doubtful":
             feedback.pushWarning("The result is doubtful: look at it before you use it.")
         return result, finished.code == kglmatch.FAILED

@@ -319,13 +319,17 @@ def problem_of(finished: Finished) -> str | None:
     return f"kglmatch ended with exit code {finished.code}{last}"
 
 
-def shift_in_words(result: Mapping[str, Any]) -> str:
-    """By how much a registered raster is moved, or "" where that is not known."""
-    shift = result.get("shift_metres")
-    if not shift:
-        return ""
-    east, north = shift
-    return (
-        f"{abs(east):.2f} m {'east' if east >= 0 else 'west'} and {abs(north):.2f} m "
-        f"{'north' if north >= 0 else 'south'}"
-    )
+def summary(result: Mapping[str, Any]) -> str:
+    """The result of a registration or a check in one line."""
+    parts = [str(result.get("verdict"))]
+    if result.get("confidence") is not None:
+        parts.append(f"confidence {result['confidence']:.2f}")
+    if result.get("shift_metres"):
+        east, north = result["shift_metres"]
+        parts.append(
+            f"moved by {abs(east):.2f} m {'east' if east >= 0 else 'west'} and {abs(north):.2f} m "
+            f"{'north' if north >= 0 else 'south'}"
+        )
+    if result.get("median_error") is not None:
+        parts.append(f"median displacement {result['median_error']:.2f} px")
+    return ", ".join(parts)
