@@ -117,7 +117,7 @@ def five_bands():
 class Edges:
     """Stands in for the matcher: a patch is described by the directions of its edges, which takes no time."""
 
-    config = SimpleNamespace(patch_size=64)
+    config = SimpleNamespace(patch_size=64, inference={})
     device = "cpu"
 
     def describe(self, patches, modality):
