@@ -574,6 +574,20 @@ def test_a_homography_and_a_smooth_mapping(tmp_path):
         assert np.percentile(off, 99) < 0.04 * np.ptp(expected)
 
 
+def test_a_hole_in_one_band_is_none_in_another(tmp_path):
+    pixels = np.full((2, 128, 128), 50, np.int16)
+    pixels[0, 40:60, 40:60] = -1000
+    path = write(tmp_path / "ir.tif", pixels, nodata=-1000)
+    with Raster(path) as raster:
+        save_on_grid(
+            raster, tmp_path / "out.tif", raster.grid, np.array([[1, 0, 0.4], [0, 1, 0.3], [0, 0, 1]])
+        )
+    with rasterio.open(tmp_path / "out.tif") as out:
+        first, second = out.read()
+    assert set(np.unique(first)) == {-1000, 50} and (first == -1000).sum() > 300
+    assert (second[:120, :120] == 50).all()
+
+
 def test_pieces_fit_together(tmp_path, monkeypatch, mercator, found):
     from kglmatch.geo import write as write_module
 

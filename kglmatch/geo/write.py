@@ -330,6 +330,8 @@ class _Warp:
             self._options["add_alpha"] = True
         elif nodata is not None:
             self._options["nodata"] = nodata
+            # Else a pixel has data in all bands as soon as it has some in one.
+            self._options["UNIFIED_SRC_NODATA"] = "NO"
         if raster.alpha is not None:
             self._options["src_alpha"] = raster.alpha
 
