@@ -144,8 +144,8 @@ def memory(args: argparse.Namespace, model: Model, folder: Path) -> None:
             rows.append((i, round(resident(), 1), round(time.perf_counter() - began, 1)))
             if i in (100, 300, 1000, 3000) or i == args.pairs:
                 print("{:<7} {:<6.1f} {:.0f}".format(*rows[-1]), flush=True)
-    later = [mib for i, mib, _ in rows if i >= 100]
-    print(f"from pair 100 on: {min(later):.1f} to {max(later):.1f} MiB")
+    later = [mib for i, mib, _ in rows if i >= min(100, args.pairs)]
+    print(f"from pair {min(100, args.pairs)} on: {min(later):.1f} to {max(later):.1f} MiB")
     if args.output is not None:
         save_memory(args.output, rows)
 

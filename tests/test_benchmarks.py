@@ -148,7 +148,8 @@ def test_many(run, monkeypatch):
     printed = run("many.py", "--throughput", *small)
     assert re.findall(r"(wall|processor) time:", printed) == ["wall", "processor"]
     printed = run("many.py", "--memory", "--pairs", 3, "--workers", 0)
-    assert float(printed.splitlines()[-1].split()[1]) > 10  # MiB
+    assert float(re.findall(r"^3 +([\d.]+)", printed, re.MULTILINE)[0]) > 10  # MiB
+    assert "from pair 3 on" in printed
 
 
 def test_gpu_on_the_cpu(run, monkeypatch):

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from conftest import once, other_sensor, texture
 from onnx import numpy_helper
-from thin_network import export_thin, make_thin
+from thin_network import CHANNELS, export_thin, make_thin
 
 from kglmatch import Matcher, quantization
 from kglmatch.cli import main
@@ -22,7 +22,7 @@ from kglmatch.models.files import DESCRIPTOR_FILES, ENCODER_FILES, HEAD_FILE, PA
 from kglmatch.models.network import KGLNet
 from kglmatch.options import CALIBRATION_PAIRS
 
-CONFIG = KGLNetConfig(metric_trunk="descriptor", head_norm="none")
+CONFIG = KGLNetConfig(channels=CHANNELS, metric_trunk="descriptor", head_norm="none")
 PATCHES = 32
 
 

@@ -283,7 +283,7 @@ def test_extract_at_no_keypoints(thin_matcher, image_pair, modality, upright):
     for nothing in ([], np.zeros(0), np.zeros((0, 2))):
         features = thin_matcher.extract(image_pair[0], modality, keypoints=nothing, upright=upright)
         assert features.keypoints.shape == (0, 2) and features.descriptors.shape == (0, 128)
-        assert tuple(features.maps.shape) == (0, 256, 8, 8)
+        assert tuple(features.maps.shape) == (0, thin_matcher.config.map_channels, 8, 8)
 
 
 @pytest.mark.parametrize("upright", [True, False])
