@@ -25,7 +25,7 @@ class Registration:
     Attributes:
         verdict: "registered", "doubtful" (look before you use it) or "failed".
         confidence: in [0, 1]; "registered" starts at 0.5. With a model that holds a calibration, the share of
-            registrations with such evidence that were within 5 pixels on pairs kept out of training.
+            registrations with such evidence that were within 5 pixels on pairs that test nothing.
         transform: (3, 3) float64 from visible to ir pixels, or None if the verdict is "failed".
         kind: what kind of transform it is, or None.
         keypoints_vis: (K, 2) float32 xy pixels of the visible image where agreement was looked for.
