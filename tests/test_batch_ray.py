@@ -22,6 +22,7 @@ from thin_network import make_thin, save_thin_model, write_folders_of_pairs
 
 from kglmatch import Matcher
 from kglmatch.errors import BackendError, KGLMatchError
+from kglmatch.models.config import CHANNELS
 
 pq = pytest.importorskip("pyarrow.parquet", reason="tables need the extra many")
 pa = pytest.importorskip("pyarrow")
@@ -38,6 +39,8 @@ OPTIONS = {"max_keypoints": 8, "min_score": 0.0}
 CLUSTER_MARK = f"KGLMATCH_TEST_CLUSTER={os.getpid()}\0"
 
 pytestmark = pytest.mark.slow
+
+FULL = CHANNELS  # before anything makes it thin
 
 
 def free_ports(count: int) -> list[int]:
@@ -261,6 +264,8 @@ def test_the_example_for_ray_data(cluster, tmp_path, monkeypatch):
     runpy.run_path(str(ROOT / "examples" / "ray_score.py"), run_name="__main__")
     found = pq.read_table(tmp_path / "out").sort_by("id")
     assert found.column_names == ["id", "score", "error"] and found["error"].null_count == 8
+    # In this process the module's networks are thin.
+    monkeypatch.setattr("kglmatch.models.config.CHANNELS", FULL)
     expected = Matcher.from_pretrained(device="cpu").score(vis, vis)
     np.testing.assert_allclose(found["score"].to_numpy(), expected, atol=1e-5)
 

@@ -361,6 +361,9 @@ def qgis(tmp_path_factory):
     }
     environment = {**os.environ, **own, "KGLMATCH": str(program), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
+    # QGIS takes the first Python on PATH, which must be the system's, not a virtual environment's.
+    folders = environment["PATH"].split(os.pathsep)
+    environment["PATH"] = os.pathsep.join(f for f in folders if not (Path(f).parent / "pyvenv.cfg").exists())
 
     def run(*arguments):
         done = subprocess.run(

@@ -123,7 +123,8 @@ def test_wheel_metadata(distributions):
     about = metadata(distributions[1])
     assert about["License-Expression"] == "Apache-2.0"
     assert about.get_all("License-File") == ["LICENSE"]
-    extras = {"train", "many", "ray", "plot", "kornia", "colmap", "demo", "docs", "test", "dev"}
+    extras = {"train", "many", "ray", "geo", "xarray", "plot", "proof"}
+    extras |= {"kornia", "colmap", "demo", "docs", "test", "dev"}
     assert extras == set(about.get_all("Provides-Extra"))
     assert "Typing :: Typed" in about.get_all("Classifier")
     assert about["Description-Content-Type"] == "text/markdown"

@@ -201,6 +201,7 @@ class _Pool:
             raise
         except exceptions.RayActorError as error:
             if slot.actor is actor:  # else another of its tasks said so before
+                yield from self._finished_before(slot, actor)
                 yield from self._replace(slot, lost, error)
             return
         self._deaths_in_a_row = 0
@@ -208,6 +209,18 @@ class _Pool:
             slot.tasks.popleft()
             yield from rows
         slot.ready = True
+
+    def _finished_before(self, slot: _Slot, actor: Any) -> Iterator[dict[str, Any]]:
+        """Rows of tasks that a dead actor had ended, whose answers wait behind the news of its death."""
+        for reference in [r for r, (s, a) in self._flying.items() if s is slot and a is actor]:
+            try:
+                rows = self._ray.get(reference)
+            except self._ray.exceptions.RayError:
+                return  # this one and those behind it were never ended
+            del self._flying[reference]
+            if slot.ready:
+                slot.tasks.popleft()
+                yield from rows
 
     def _replace(
         self, slot: _Slot, lost: Callable[[Any], dict[str, Any]], error: Exception
