@@ -69,7 +69,9 @@ def clean_environment(distributions, tmp_path_factory) -> Path:
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run([*install, "--no-deps", "--no-index", distributions[1]], check=True, env=variables)
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    (packages / "sitecustomize.py").write_text(NO_NETWORK)
+    # By a .pth file: a sitecustomize of the system would come first.
+    (packages / "no_network.py").write_text(NO_NETWORK)
+    (packages / "no_network.pth").write_text("import no_network\n")
     return scripts
 
 
