@@ -397,16 +397,9 @@ class Matcher(PatchMatcher):
 
     def _load_pair(self, vis: Any, ir: Any) -> tuple[tuple[Any, Any], Masks | None]:
         """Two images, grey, and which pixels hold data; None where all do."""
-        from kglmatch.registration.masks import Masks, fill
+        from kglmatch.registration.masks import fill_pair
 
-        (vis_grey, vis_valid), (ir_grey, ir_valid) = (self.load_masked(image) for image in (vis, ir))
-        if vis_valid is None and ir_valid is None:
-            return (vis_grey, ir_grey), None
-        masks = Masks(
-            np.ones(vis_grey.shape, bool) if vis_valid is None else vis_valid,
-            np.ones(ir_grey.shape, bool) if ir_valid is None else ir_valid,
-        )
-        return (fill(vis_grey, masks.vis), fill(ir_grey, masks.ir)), masks
+        return fill_pair(self.load_masked(vis), self.load_masked(ir))
 
     def register_stack(
         self,

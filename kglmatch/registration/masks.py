@@ -44,3 +44,18 @@ def clear_of_edges(valid: Mask, shape: tuple[int, ...]) -> NDArray[np.float32]:
     share = cv2.resize(valid.astype(np.float32), (shape[1], shape[0]), interpolation=cv2.INTER_AREA)
     size = 2 * EDGE + 1
     return cv2.erode((share > 0.99).astype(np.float32), np.ones((size, size), np.uint8), borderValue=0)
+
+
+def fill_pair(
+    vis: tuple[NDArray[np.float32], NDArray[np.bool_] | None],
+    ir: tuple[NDArray[np.float32], NDArray[np.bool_] | None],
+) -> tuple[tuple[NDArray[np.float32], NDArray[np.float32]], Masks | None]:
+    """Two images as `load_masked` gives them -> both filled, and their masks; None where all is data."""
+    (vis_grey, vis_valid), (ir_grey, ir_valid) = vis, ir
+    if vis_valid is None and ir_valid is None:
+        return (vis_grey, ir_grey), None
+    masks = Masks(
+        np.ones(vis_grey.shape, bool) if vis_valid is None else vis_valid,
+        np.ones(ir_grey.shape, bool) if ir_valid is None else ir_valid,
+    )
+    return (fill(vis_grey, masks.vis), fill(ir_grey, masks.ir)), masks

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from kglmatch.images import load_masked
 from kglmatch.options import DEFAULT_KIND, DEFAULT_MAX_ROTATION, DEFAULT_MAX_SCALE
-from kglmatch.patch_matcher import PatchMatcher
+from kglmatch.patch_matcher import PatchMatcher, check_image_size
 from kglmatch.registration.align import Alignment, align
 from kglmatch.registration.limits import Limits
-from kglmatch.registration.masks import Masks, fill
+from kglmatch.registration.masks import Masks, fill_pair
 from kglmatch.registration.results import Registration
 from kglmatch.registration.verdict import choose
 from kglmatch.streaming.prefetch import Prefetch, Task
@@ -87,25 +87,21 @@ def _register_many(
 def _prepare(vis: Any, ir: Any, nodata: float | None, patch_size: int, limits: Limits) -> _Prepared:
     """Runs in a worker."""
     began = time.perf_counter()
-    greys = read_pair(vis, ir, nodata, patch_size)
-    masks = _read_masks(vis, ir, nodata)
-    if masks is not None:
-        greys = fill(greys[0], masks.vis), fill(greys[1], masks.ir)
+    greys, masks = _read(vis, ir, nodata, patch_size)
     alternatives = align(*greys, limits, masks=masks)
     return _Prepared(*greys, alternatives, time.perf_counter() - began, masks)
 
 
-def _read_masks(vis: Any, ir: Any, nodata: float | None) -> Masks | None:
-    """Pixels with data of two files, as `register` sees them; None where all have, or no value says which."""
+def _read(
+    vis: Any, ir: Any, nodata: float | None, patch_size: int
+) -> tuple[tuple[NDArray[np.float32], NDArray[np.float32]], Masks | None]:
+    """Grey pixels, and of files the pixels with data, as `register` sees them; None where all have."""
     if nodata is None or not isinstance(vis, str) or not isinstance(ir, str):
-        return None
-    (vis_grey, vis_valid), (ir_grey, ir_valid) = (load_masked(image, nodata=nodata) for image in (vis, ir))
-    if vis_valid is None and ir_valid is None:
-        return None
-    return Masks(
-        np.ones(vis_grey.shape, bool) if vis_valid is None else vis_valid,
-        np.ones(ir_grey.shape, bool) if ir_valid is None else ir_valid,
-    )
+        return read_pair(vis, ir, nodata, patch_size), None
+    sides = [load_masked(image, nodata=nodata) for image in (vis, ir)]
+    for (grey, _), name in zip(sides, (vis, ir), strict=True):
+        check_image_size(grey, patch_size, name)
+    return fill_pair(sides[0], sides[1])
 
 
 def _judge(matcher: PatchMatcher, prepared: _Prepared, limits: Limits) -> Registration:
