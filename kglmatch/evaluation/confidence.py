@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kglmatch.errors import KGLMatchError
 
 MIN_PAIRS = 20
+FOLDS = 5
 _DIGITS = 4
 
 
@@ -51,6 +52,45 @@ def fit_confidence(evidence: NDArray[np.floating], right: NDArray[np.bool_]) -> 
     shares = np.array([(good + 1) / (count + 2) for _, good, count in blocks])
     shares = np.maximum.accumulate(shares)  # a step of few registrations is not less than the one below it
     return {"evidence": np.round(knots, _DIGITS).tolist(), "share": np.round(shares, _DIGITS).tolist()}
+
+
+def held_out(
+    evidence: NDArray[np.floating],
+    right: NDArray[np.bool_],
+    groups: NDArray[np.generic],
+    *,
+    folds: int = FOLDS,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """The share that `fit_confidence` gives each registration without having seen its group.
+
+    Args:
+        evidence, right: (N,), as for `fit_confidence`.
+        groups: (N,) of which image pair each is; the registrations of one pair resemble each other.
+        folds: parts that the groups are split into, each in turn left out of the fit.
+        seed: of the split.
+
+    Returns:
+        (N,) in [0, 1].
+
+    Raises:
+        KGLMatchError: fewer groups than folds, or fewer than 20 registrations outside a fold.
+    """
+    names, group = np.unique(groups, return_inverse=True)
+    if len(names) < folds:
+        raise KGLMatchError(f"{folds} folds need as many image pairs, got {len(names)}")
+    fold = np.random.default_rng(seed).permutation(len(names))[group] % folds
+    shares = np.empty(len(evidence))
+    for left_out in range(folds):
+        inside = fold == left_out
+        curve = fit_confidence(evidence[~inside], right[~inside])
+        shares[inside] = np.interp(evidence[inside], curve["evidence"], curve["share"])
+    return shares
+
+
+def brier_score(confidence: NDArray[np.floating], right: NDArray[np.bool_]) -> float:
+    """Mean squared difference of confidence (N,) and what happened (N,); lower is better (Brier, 1950)."""
+    return float(np.mean((confidence - right) ** 2))
 
 
 @dataclass(frozen=True)
