@@ -87,9 +87,8 @@ class KorniaProposer:
     Args:
         model: the torch module, ready to use.
         min_confidence: drops matches whose ``confidence``, if it returns that, is lower.
-        multiple: images are padded at the right and bottom to a multiple of so many pixels, for networks that
-            need
-            it: 8 for LoFTR.
+        multiple: images are padded at the right and bottom to a multiple of this number of pixels, for
+            networks that need it: 8 for LoFTR.
         name: what `Registration.proposer` calls it; by default that of the model's class.
     """
 

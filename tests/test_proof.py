@@ -192,6 +192,31 @@ def test_the_more_confident_is_kept(modules):
     )
 
 
+def test_warps_of_one_pair_are_drawn_together(modules):
+    from report import share
+
+    pairs = np.array(["a", "a", "a", "b"])
+    middle, low, high = share(np.array([True, True, True, False]), pairs)
+    assert (middle, low, high) == (75, 0, 100)  # each pair alone may be drawn twice
+    assert share(np.ones(4, bool), pairs) == [100, 100, 100]
+
+
+def test_baselines_that_the_judge_lowers_are_named(modules):
+    from report import ALL, lowered
+
+    def within(*share):
+        return {"within_5_px": list(share)}
+
+    found = {
+        "kglmatch": within(90, 80, 95),
+        "SIFT": within(60, 50, 70),
+        "SIFT, judged": within(49, 40, 60),
+        "XFeat": within(60, 50, 70),
+        "XFeat, judged": within(51, 40, 60),
+    }
+    assert lowered({"vis-nir": {ALL: found, "small": {}}}) == [["vis-nir", "SIFT"]]
+
+
 # --- patches ----------------------------------------------------------------------------------------------
 
 

@@ -150,7 +150,7 @@ def make_tasks(
     """The tasks of these sets: each pair at each strength, then pairs of images of different scenes.
 
     Args:
-        every: take every so many-th pair.
+        every: take every Nth pair.
         limit: pairs of each set, at most, spread over it.
         unrelated: pairs of each set that show nothing in common.
     """

@@ -19,6 +19,7 @@ from kglmatch.files import atomic_output
 PIXELS = (1, 3, 5, 10)
 JUDGED = ", judged"
 WITH_OURS = f" + {OURS}"
+ALL = "all strengths"
 DRAWS = 2000
 FIRM = 15  # inliers that a homography needs to be taken for an answer, where there is no verdict
 BINS = (0.5, 0.8, 0.9, 0.95, 0.98, 1.0)
@@ -68,9 +69,9 @@ def make_report(rows: list[Row], truths: list[Row]) -> dict[str, Any]:
             strength: {
                 name: figures(own)
                 for name in names
-                if (own := select(related, set=set_name, strength=strength, contender=name, confirmed=True))
+                if (own := select(related, set=set_name, contender=name, confirmed=True, **only))
             }
-            for strength in STRENGTHS
+            for strength, only in [(ALL, {}), *((name, {"strength": name}) for name in STRENGTHS)]
         }
     return {
         "pairs": {
@@ -81,6 +82,7 @@ def make_report(rows: list[Row], truths: list[Row]) -> dict[str, Any]:
             for set_name in shares
         },
         "shares": shares,
+        "lowered": lowered(shares),
         "false_accepts": {
             name: false_accepts(own) for name in names if (own := select(unrelated, contender=name))
         },
@@ -90,6 +92,17 @@ def make_report(rows: list[Row], truths: list[Row]) -> dict[str, Any]:
             name: [clean(asdict(b)) for b in reliability_of(related, name)] for name in names if judged(name)
         },
     }
+
+
+def lowered(shares: dict[str, Any]) -> list[list[str]]:
+    """[set, baseline] whose share within 5 pixels our judge lowers to below its interval."""
+    key = f"within_{RIGHT:g}_px"
+    return [
+        [set_name, name]
+        for set_name, by_strength in shares.items()
+        for name, values in by_strength[ALL].items()
+        if (after := by_strength[ALL].get(f"{name}{JUDGED}")) and after[key][0] < values[key][1]
+    ]
 
 
 def order() -> list[str]:
@@ -114,21 +127,23 @@ def errors_of(rows: list[Row]) -> np.ndarray:
 
 def figures(rows: list[Row]) -> dict[str, Any]:
     """Shares within some pixels, with intervals over pairs."""
-    errors, result = errors_of(rows), {"pairs": len(rows)}
+    errors, pairs = errors_of(rows), np.array([row["pair"] for row in rows])
+    result: dict[str, Any] = {"pairs": len(np.unique(pairs)), "warps": len(rows)}
     for pixels in PIXELS:
-        within = errors <= pixels
-        result[f"within_{pixels}_px"] = share(within)
+        result[f"within_{pixels}_px"] = share(errors <= pixels, pairs)
     if rows[0]["verdict"] is not None:
         registered = np.array([row["verdict"] == "registered" for row in rows])
-        result["registered"] = share(registered)
+        result["registered"] = share(registered, pairs)
         result["registered_wrongly"] = int((registered & (errors > PIXELS[-1])).sum())
     return result
 
 
-def share(answers: np.ndarray) -> list[float]:
-    """A share and its 95 % interval, of pairs drawn with replacement: percent."""
-    rng = np.random.default_rng(0)
-    drawn = answers[rng.integers(0, len(answers), (DRAWS, len(answers)))].mean(axis=1)
+def share(answers: np.ndarray, pairs: np.ndarray) -> list[float]:
+    """A share and its 95 % interval, of pairs drawn with replacement, all warps of one together: percent."""
+    names, pair = np.unique(pairs, return_inverse=True)
+    right, count = np.bincount(pair, answers), np.bincount(pair)
+    times = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), DRAWS)
+    drawn = (times @ right) / (times @ count)
     low, high = np.percentile(drawn, [2.5, 97.5])
     return [round(100 * float(value), 1) for value in (answers.mean(), low, high)]
 
@@ -182,6 +197,8 @@ def tables(report: dict[str, Any]) -> str:
         for strength, found in by_strength.items():
             if found:
                 parts.append(f"### {strength}\n\n{shares_table(found)}")
+    names = ", ".join(f"{name} ({set_name})" for set_name, name in report["lowered"])
+    parts.append(f"Shares within 5 px that the judge lowers to below their interval: {names or 'none'}.")
     parts.append(f"## Unrelated pairs\n\n{accepts_table(report)}")
     parts.append(f"## Confidence\n\n{reliability_table(report)}")
     return "\n\n".join(parts) + "\n"
@@ -255,7 +272,7 @@ def draw_all(out: Path, rows: list[Row]) -> None:
 
 
 def draw_success(pyplot: Any, rows: list[Row]) -> Any:
-    """Share of pairs within so many pixels, a panel for each set and strength."""
+    """Share of pairs whose error is below a number of pixels, a panel for each set and strength."""
     related = [row for row in rows if row["strength"] != UNRELATED and row["confirmed"]]
     sets = list(dict.fromkeys(row["set"] for row in related))
     strengths = [name for name in STRENGTHS if any(row["strength"] == name for row in related)]

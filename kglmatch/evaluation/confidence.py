@@ -1,4 +1,4 @@
-"""The confidence of a registration as a share: of what has it, so many are right.
+"""The confidence of a registration as a share: how many of the registrations that have it are right.
 
 `Matcher.register` measures evidence; how often evidence is right depends on the model and its data. The fit
 turns pairs whose truth is known into a rising curve from evidence to the share of registrations that are
