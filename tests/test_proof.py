@@ -62,7 +62,7 @@ def write_pairs(folder, count=2):
 def test_a_small_proof_end_to_end(run, tmp_path):
     write_pairs(tmp_path / "data" / "vis-nir" / "field")
     out = tmp_path / "out"
-    small = ("--sets", "vis-nir", "--strengths", "small", "--every", 2, "--unrelated", 1, "--published")
+    small = ("--sets", "vis-nir", "--strengths", "small", "--limit", 1, "--unrelated", 1, "--published")
     options = (tmp_path / "data", "-o", out, *small, "--contenders", "kglmatch", "SIFT")
     printed = run(*options)
     lines = (out / "results.jsonl").read_text().splitlines()

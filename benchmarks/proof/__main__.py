@@ -1,8 +1,8 @@
 """How good is registration with kglmatch, and with others? One command, for anyone.
 
     pip install "kglmatch[proof,plot]"
-    OMP_NUM_THREADS=2 python benchmarks/proof DATA -o OUT   # every eighth pair, then report; resumes
-    python benchmarks/proof DATA -o OUT --every 1           # every pair
+    OMP_NUM_THREADS=2 python benchmarks/proof DATA -o OUT   # eight pairs of each set, then report; resumes
+    python benchmarks/proof DATA -o OUT --limit 1000        # every pair
     python benchmarks/proof DATA -o OUT --limit 0 --unrelated 170 --contenders kglmatch  # false accepts
     python benchmarks/proof DATA -o OUT --report            # the report of what has been measured so far
     python benchmarks/proof DATA -o OUT --fit               # fit the confidence, on pairs that test nothing
@@ -47,8 +47,8 @@ from kglmatch.registration.verdict import judge_proposal
 JUDGED = ", judged"
 MODELS = {"vis-nir": "kglnet-vis-nir", "vis-lwir": "kglnet-vis-lwir", "vis-sar": "kglnet-vis-sar"}
 
-DEFAULTS = {"strengths": list(STRENGTHS), "every": 8, "unrelated": 8}
-FIT_DEFAULTS = {"strengths": ["small", "medium"], "every": 1, "limit": 15, "unrelated": 15}
+DEFAULTS = {"strengths": list(STRENGTHS), "limit": 8, "unrelated": 4}
+FIT_DEFAULTS = {"strengths": ["small", "medium"], "limit": 15, "unrelated": 15}
 
 
 def peak_memory(function: Callable[[], Any]) -> tuple[Any, float, float | None]:
@@ -247,12 +247,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"of {contenders.OURS}, {', '.join(contenders.BASELINES)}; default: all that are installed, but "
         f"{', '.join(contenders.SLOW)}",
     )
-    parser.add_argument("--every", type=int, metavar="N", help="every Nth pair; default: 8, with --fit 1")
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="pairs of each set, at most; default: all, with --fit 15"
+        "--limit", type=int, metavar="N", help="pairs of each set, at most; default: 8, with --fit 15"
     )
     parser.add_argument(
-        "--unrelated", type=int, metavar="N", help="unrelated pairs of each set; default: 8, with --fit 15"
+        "--unrelated", type=int, metavar="N", help="unrelated pairs of each set; default: 4, with --fit 15"
     )
     parser.add_argument("--models", nargs="+", default=[], metavar="SET=MODEL")
     parser.add_argument("--published", action="store_true", help="take the sets' own transforms for true")
@@ -285,7 +284,6 @@ def main(argv: list[str] | None = None) -> int:
             args.data,
             {name: parts[name] for name in args.sets},
             strengths=args.strengths,
-            every=args.every,
             limit=args.limit,
             unrelated=args.unrelated,
         )

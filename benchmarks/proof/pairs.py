@@ -143,21 +143,19 @@ def make_tasks(
     sets: dict[str, list[Part]],
     *,
     strengths: list[str],
-    every: int = 1,
     limit: int | None = None,
     unrelated: int = 0,
 ) -> list[Task]:
     """The tasks of these sets: each pair at each strength, then pairs of images of different scenes.
 
     Args:
-        every: take every Nth pair.
         limit: pairs of each set, at most, spread over it.
         unrelated: pairs of each set that show nothing in common.
     """
     tasks: list[Task] = []
     for name, parts in sets.items():
         every_pair = find_pairs(data, parts)
-        chosen = every_pair[::every]
+        chosen = every_pair
         if limit is not None and len(chosen) > limit:
             chosen = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, limit).astype(int))]
         tasks += [Task(name, subset, pair, pair, s) for subset, pair in chosen for s in strengths]
