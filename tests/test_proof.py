@@ -173,6 +173,24 @@ def test_truth_needs_two_that_agree(modules, monkeypatch, found, expected):
     assert (result.transform[0, 2], result.by, result.confirmed) == expected
 
 
+def test_a_pair_whose_place_is_unconfirmed_is_not_measured(modules, monkeypatch, tmp_path):
+    proof = runpy.run_path(str(PROOF / "__main__.py"), run_name="proof")
+    from pairs import TEST, make_tasks
+
+    write_pairs(tmp_path / "data" / "vis-nir" / "water")
+    tasks = make_tasks(tmp_path / "data", TEST, strengths=["small"], unrelated=1)
+    truth = proof["Truth"](np.eye(3), False, "unconfirmed")
+    monkeypatch.setitem(proof["Run"].measure.__globals__, "own_offset", lambda *images: truth)
+    run = proof["Run"](tmp_path, ["kglmatch"], proof["MODELS"], known_truth=False)
+    for task in tasks:
+        if task.strength == "small":
+            assert run.missing(task) == ["kglmatch"]
+            run.measure(task)  # looks for the place, which then is known
+    assert not run.results.rows and len(run.truths.rows) == 2
+    left = [task.strength for task in tasks if run.missing(task)]
+    assert left == ["unrelated"]
+
+
 def test_the_more_confident_is_kept(modules):
     from report import with_ours
 
@@ -385,7 +403,7 @@ def test_a_fit_is_written_into_the_model(modules, tmp_path, monkeypatch):
         rows.append(
             {
                 "task": str(number), "pair": str(number), "set": "vis-nir", "contender": "kglmatch",
-                "strength": "small", "confirmed": True, "support": support, "agreement": 0.9,
+                "strength": "small", "support": support, "agreement": 0.9,
                 "num_matches": 0, "error": 1.0 if right else None,
             }
         )  # fmt: skip
@@ -404,7 +422,7 @@ def test_a_fit_is_written_into_the_model(modules, tmp_path, monkeypatch):
 def test_a_fit_that_does_not_help_on_pairs_left_out_is_not_kept(modules, tmp_path):
     import calibration
 
-    facts = {"set": "vis-nir", "strength": "small", "confirmed": True, "agreement": 1.0, "num_matches": 0}
+    facts = {"set": "vis-nir", "strength": "small", "agreement": 1.0, "num_matches": 0}
     rng = np.random.default_rng(0)
     # What is certain without a fit: one that has seen few pairs says less.
     rows = [

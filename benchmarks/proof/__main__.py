@@ -1,7 +1,7 @@
 """How good is registration with kglmatch, and with others? One command, for anyone.
 
     pip install "kglmatch[proof,plot]"
-    OMP_NUM_THREADS=2 python benchmarks/proof DATA -o OUT   # eight pairs of each set, then report; resumes
+    OMP_NUM_THREADS=2 python benchmarks/proof DATA -o OUT   # ten pairs of each set, then report; resumes
     python benchmarks/proof DATA -o OUT --limit 1000        # every pair
     python benchmarks/proof DATA -o OUT --limit 0 --unrelated 170 --contenders kglmatch  # false accepts
     python benchmarks/proof DATA -o OUT --report            # the report of what has been measured so far
@@ -47,7 +47,7 @@ from kglmatch.registration.verdict import judge_proposal
 JUDGED = ", judged"
 MODELS = {"vis-nir": "kglnet-vis-nir", "vis-lwir": "kglnet-vis-lwir", "vis-sar": "kglnet-vis-sar"}
 
-DEFAULTS = {"strengths": list(STRENGTHS), "limit": 8, "unrelated": 4}
+DEFAULTS = {"strengths": list(STRENGTHS), "limit": 10, "unrelated": 4}
 FIT_DEFAULTS = {"strengths": ["small", "medium"], "limit": 15, "unrelated": 15}
 
 
@@ -101,14 +101,20 @@ class Run:
         self._baselines = {name: contenders.load(name) for name in names if name != contenders.OURS}
 
     def missing(self, task: Task) -> list[str]:
-        """The contenders that have not been measured on a task."""
+        """The contenders that have not been measured on a task; none if its true transform is unconfirmed."""
+        if task.strength != UNRELATED and any(
+            row["pair"] == task.pair and not row["confirmed"] for row in self.truths.rows
+        ):
+            return []
         names = ([contenders.OURS] if self._ours else []) + list(self._baselines)
         return [name for name in names if (task.key, name) not in self.results]
 
     def measure(self, task: Task) -> None:
         """Adds what is missing of a task."""
         vis, ir = task.images()
-        truth = self._truth(task, vis, ir)
+        truth = None if task.strength == UNRELATED else self._truth(task, vis, ir)
+        if truth is not None and not truth.confirmed:
+            return
         warp = task.warp((ir.shape[1], ir.shape[0]))
         moved, true = warped(ir, warp), None if truth is None else warp @ truth.transform
         limits = Limits(**dict(STRENGTHS[task.strength].limits)) if task.strength in STRENGTHS else Limits()
@@ -117,9 +123,8 @@ class Run:
             "task": task.key,
             "set": task.set_name,
             "subset": task.subset,
-            "pair": f"{task.set_name}/{task.subset}/{task.vis.name}",
+            "pair": task.pair,
             "strength": task.strength,
-            "confirmed": truth is not None and truth.confirmed,
         }
         for name in self.missing(task):
             self.results.add(self._contend(name, matcher, vis, moved, true, limits, facts))
@@ -155,16 +160,15 @@ class Run:
             self._matchers[set_name] = Matcher.from_pretrained(self._models[set_name], device="cpu")
         return self._matchers[set_name]
 
-    def _truth(self, task: Task, vis: np.ndarray, ir: np.ndarray) -> Truth | None:
-        """The true transform of the pair, looked for once; None for unrelated images."""
-        if task.strength == UNRELATED:
-            return None
-        pair = f"{task.set_name}/{task.subset}/{task.vis.name}"
-        if (pair,) not in self.truths:
+    def _truth(self, task: Task, vis: np.ndarray, ir: np.ndarray) -> Truth:
+        """The true transform of the pair, looked for once."""
+        if (task.pair,) not in self.truths:
             place = published(task.vis)
             found = Truth(place, True, "published") if self._known_truth else own_offset(vis, ir, place)
-            self.truths.add([{"pair": pair, **asdict(replace(found, transform=found.transform.tolist()))}])
-        row = next(row for row in self.truths.rows if row["pair"] == pair)
+            self.truths.add(
+                [{"pair": task.pair, **asdict(replace(found, transform=found.transform.tolist()))}]
+            )
+        row = next(row for row in self.truths.rows if row["pair"] == task.pair)
         return Truth(np.array(row["transform"]), row["confirmed"], row["by"])
 
 
@@ -248,7 +252,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         f"{', '.join(contenders.SLOW)}",
     )
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="pairs of each set, at most; default: 8, with --fit 15"
+        "--limit", type=int, metavar="N", help="pairs of each set, at most; default: 10, with --fit 15"
     )
     parser.add_argument(
         "--unrelated", type=int, metavar="N", help="unrelated pairs of each set; default: 4, with --fit 15"

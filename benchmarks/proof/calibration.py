@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from pairs import UNRELATED
 from results import RESULTS, RIGHT, Row, read_lines
 
 from kglmatch.errors import KGLMatchError
@@ -28,7 +27,7 @@ def fit(out: Path) -> dict[str, Curve]:
     curves = {}
     rows = [row for row in read_lines(out / RESULTS) if "support" in row]
     for set_name in dict.fromkeys(row["set"] for row in rows):
-        own = [r for r in rows if r["set"] == set_name and (r["confirmed"] or r["strength"] == UNRELATED)]
+        own = [row for row in rows if row["set"] == set_name]
         found = [(row["support"], row["agreement"], row["num_matches"]) for row in own]
         measured = np.array([evidence(*one) for one in found])
         right = np.array([r["error"] is not None and r["error"] <= RIGHT for r in own])

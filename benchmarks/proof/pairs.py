@@ -92,10 +92,15 @@ class Task:
     strength: str
 
     @property
+    def pair(self) -> str:
+        """Names the pair that the visible image is from, in all files of results."""
+        return f"{self.set_name}/{self.subset}/{self.vis.name}"
+
+    @property
     def key(self) -> str:
         """Names the task in the file of results."""
         other = f" {self.ir.name}" if self.strength == UNRELATED else ""
-        return f"{self.set_name}/{self.subset}/{self.vis.name}{other} {self.strength}"
+        return f"{self.pair}{other} {self.strength}"
 
     def images(self) -> tuple[np.ndarray, np.ndarray]:
         """The grey images (H, W) float32 in [0, 1], as they are in the set."""

@@ -69,7 +69,7 @@ def make_report(rows: list[Row], truths: list[Row]) -> dict[str, Any]:
             strength: {
                 name: figures(own)
                 for name in names
-                if (own := select(related, set=set_name, contender=name, confirmed=True, **only))
+                if (own := select(related, set=set_name, contender=name, **only))
             }
             for strength, only in [(ALL, {}), *((name, {"strength": name}) for name in STRENGTHS)]
         }
@@ -169,7 +169,7 @@ def costs(rows: list[Row]) -> dict[str, float | None]:
 
 
 def reliability_of(rows: list[Row], name: str) -> list[Any]:
-    own = [r for r in select(rows, contender=name, confirmed=True) if r["verdict"] == "registered"]
+    own = [r for r in select(rows, contender=name) if r["verdict"] == "registered"]
     confidence = np.array([row["confidence"] for row in own])
     return reliability(confidence, errors_of(own) <= RIGHT, BINS)
 
@@ -273,7 +273,7 @@ def draw_all(out: Path, rows: list[Row]) -> None:
 
 def draw_success(pyplot: Any, rows: list[Row]) -> Any:
     """Share of pairs whose error is below a number of pixels, a panel for each set and strength."""
-    related = [row for row in rows if row["strength"] != UNRELATED and row["confirmed"]]
+    related = [row for row in rows if row["strength"] != UNRELATED]
     sets = list(dict.fromkeys(row["set"] for row in related))
     strengths = [name for name in STRENGTHS if any(row["strength"] == name for row in related)]
     if not related:

@@ -9,7 +9,7 @@ of each pair from its published place; all are local, and none knows of the othe
 
 Of the two that agree best, to `AGREEMENT` pixels or better (mean over the corners), the truth is the mean.
 Where no two agree, but one agrees with the published place, that is the truth. Otherwise the pair is
-"unconfirmed": it is measured, but does not count in the shares.
+"unconfirmed", and is not measured.
 """
 
 from __future__ import annotations
