@@ -173,22 +173,30 @@ def test_truth_needs_two_that_agree(modules, monkeypatch, found, expected):
     assert (result.transform[0, 2], result.by, result.confirmed) == expected
 
 
-def test_a_pair_whose_place_is_unconfirmed_is_not_measured(modules, monkeypatch, tmp_path):
+def test_pairs_whose_place_is_unconfirmed_are_replaced_by_others(modules, monkeypatch, tmp_path):
     proof = runpy.run_path(str(PROOF / "__main__.py"), run_name="proof")
     from pairs import TEST, make_tasks
 
-    write_pairs(tmp_path / "data" / "vis-nir" / "water")
-    tasks = make_tasks(tmp_path / "data", TEST, strengths=["small"], unrelated=1)
-    truth = proof["Truth"](np.eye(3), False, "unconfirmed")
-    monkeypatch.setitem(proof["Run"].measure.__globals__, "own_offset", lambda *images: truth)
+    write_pairs(tmp_path / "data" / "vis-nir" / "water", 4)
+    answers = iter([True, False, True, True])
+    monkeypatch.setitem(
+        proof["Run"].measure.__globals__,
+        "own_offset",
+        lambda vis, ir, place: proof["Truth"](place, next(answers), "two methods"),
+    )
     run = proof["Run"](tmp_path, ["kglmatch"], proof["MODELS"], known_truth=False)
-    for task in tasks:
-        if task.strength == "small":
-            assert run.missing(task) == ["kglmatch"]
-            run.measure(task)  # looks for the place, which then is known
-    assert not run.results.rows and len(run.truths.rows) == 2
-    left = [task.strength for task in tasks if run.missing(task)]
-    assert left == ["unrelated"]
+    options = {"strengths": ["small", "large"], "limit": 2, "unrelated": 1, "usable": run.is_confirmed}
+    tasks = make_tasks(tmp_path / "data", TEST, **options)
+    assert len(tasks) == 2 * 2 + 1
+    assert [row["confirmed"] for row in run.truths.rows] == [
+        True,
+        False,
+        True,
+    ]  # enough; the 4th is not asked
+    unconfirmed = run.truths.rows[1]["pair"]
+    assert all(task.pair != unconfirmed for task in tasks if task.strength != "unrelated")
+    # Resumed: nothing is looked for again.
+    assert [task.key for task in make_tasks(tmp_path / "data", TEST, **options)] == [t.key for t in tasks]
 
 
 def test_the_more_confident_is_kept(modules):

@@ -100,12 +100,12 @@ class Run:
         self._ours = contenders.OURS in names
         self._baselines = {name: contenders.load(name) for name in names if name != contenders.OURS}
 
+    def is_confirmed(self, task: Task) -> bool:
+        """Whether the true transform of a task's pair is known well enough to measure anything by it."""
+        return self._known_truth or self._truth(task, *task.images()).confirmed
+
     def missing(self, task: Task) -> list[str]:
-        """The contenders that have not been measured on a task; none if its true transform is unconfirmed."""
-        if task.strength != UNRELATED and any(
-            row["pair"] == task.pair and not row["confirmed"] for row in self.truths.rows
-        ):
-            return []
+        """The contenders that have not been measured on a task."""
         names = ([contenders.OURS] if self._ours else []) + list(self._baselines)
         return [name for name in names if (task.key, name) not in self.results]
 
@@ -113,8 +113,6 @@ class Run:
         """Adds what is missing of a task."""
         vis, ir = task.images()
         truth = None if task.strength == UNRELATED else self._truth(task, vis, ir)
-        if truth is not None and not truth.confirmed:
-            return
         warp = task.warp((ir.shape[1], ir.shape[0]))
         moved, true = warped(ir, warp), None if truth is None else warp @ truth.transform
         limits = Limits(**dict(STRENGTHS[task.strength].limits)) if task.strength in STRENGTHS else Limits()
@@ -284,15 +282,16 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not args.report:
         parts = FIT if args.fit else TEST
+        names = [contenders.OURS] if args.fit else chosen_contenders(args.contenders)
+        run = Run(args.output, names, models, args.published)
         tasks = make_tasks(
             args.data,
             {name: parts[name] for name in args.sets},
             strengths=args.strengths,
             limit=args.limit,
             unrelated=args.unrelated,
+            usable=run.is_confirmed,
         )
-        names = [contenders.OURS] if args.fit else chosen_contenders(args.contenders)
-        run = Run(args.output, names, models, args.published)
         for task in progress([task for task in tasks if run.missing(task)]):
             run.measure(task)
     if args.fit:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -143,6 +145,11 @@ def find_pairs(data: Path, parts: list[Part]) -> list[tuple[str, ImagePair]]:
     return found
 
 
+def _shuffled(pairs: list[tuple[str, ImagePair]]) -> list[tuple[str, ImagePair]]:
+    """The pairs in an order that their names alone decide."""
+    return sorted(pairs, key=lambda found: zlib.crc32(f"{found[0]}/{found[1].name}".encode()))
+
+
 def make_tasks(
     data: Path,
     sets: dict[str, list[Part]],
@@ -150,20 +157,22 @@ def make_tasks(
     strengths: list[str],
     limit: int | None = None,
     unrelated: int = 0,
+    usable: Callable[[Task], bool] = lambda task: True,
 ) -> list[Task]:
     """The tasks of these sets: each pair at each strength, then pairs of images of different scenes.
 
     Args:
-        limit: pairs of each set, at most, spread over it.
+        limit: pairs of each set, at most.
         unrelated: pairs of each set that show nothing in common.
+        usable: whether the pair of a task can be measured; asked, in an order as good as random, until
+            there are enough.
     """
     tasks: list[Task] = []
     for name, parts in sets.items():
         every_pair = find_pairs(data, parts)
-        chosen = every_pair
-        if limit is not None and len(chosen) > limit:
-            chosen = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, limit).astype(int))]
-        tasks += [Task(name, subset, pair, pair, s) for subset, pair in chosen for s in strengths]
+        candidates = (Task(name, subset, pair, pair, strengths[0]) for subset, pair in _shuffled(every_pair))
+        chosen = itertools.islice(filter(usable, candidates), limit)
+        tasks += [replace(task, strength=strength) for task in chosen for strength in strengths]
         rng = np.random.default_rng(0)
         seen: set[str] = set()
         for _ in range(20 * unrelated):
