@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,13 +13,15 @@ from kglmatch.geometry import similarity_about
 from kglmatch.registration.limits import SAME_SCALE, Limits, nominal_scales
 from kglmatch.registration.masks import Masks, clear_of_edges
 from kglmatch.registration.structure import GlobalCorrelator, structure_maps, without_edge
-from kglmatch.resampling import resample, resize_between, shrink, shrinking
+from kglmatch.resampling import resize_between, shrink, shrinking
 
 Image = NDArray[np.float32]
 Matrix = NDArray[np.float64]
 Tried = tuple[float, float, float]  # evidence, rotation in degrees, log scale
 
 _SIDE, _LEAST_SIDE = 160, 32  # pixels of the longer side, and what the shorter one keeps
+_SCREENED_SIDE = 96  # where the hypotheses are many, all are tried on so few pixels,
+_SCREENED = 150  # and only the best of them on more
 _ROTATION = 3.0  # degrees between hypotheses
 _SCALE = SAME_SCALE  # of log scale, between hypotheses
 _OVERLAP = 0.35  # of the visible image
@@ -35,11 +41,16 @@ def search(vis: Image, ir: Image, limits: Limits, masks: Masks | None = None) ->
         (3, 3) each, from visible to ir pixels, at most three, the best supported first.
     """
     scales = [float(np.log(scale)) for scale in nominal_scales(vis, ir)]
-    correlation = _Correlation(vis, ir, scales, limits.max_displacement, masks)
+    correlation = _Correlation(vis, ir, _SIDE, limits.max_displacement, masks)
     rotations = _steps(limits.max_rotation, _ROTATION)
     steps = _steps(float(np.log(limits.max_scale)), _SCALE)
     log_scales = sorted({nominal + step for nominal in scales for step in steps})
-    grid = sorted(((correlation.evidence(r, s), r, s) for r in rotations for s in log_scales), reverse=True)
+    hypotheses = [(r, s) for r in rotations for s in log_scales]
+    if len(hypotheses) > _SCREENED:
+        screen = _Correlation(vis, ir, _SCREENED_SIDE, limits.max_displacement, masks)
+        screened = sorted(screen.try_all(hypotheses), reverse=True)[:_SCREENED]
+        hypotheses = [(r, s) for _, r, s in screened]
+    grid = sorted(correlation.try_all(hypotheses), reverse=True)
     turn = _ROTATION if len(rotations) > 1 else 0.0
     found = [_climb(correlation, start, turn) for start in _apart(grid)]
     return [correlation.transform(r, s) for _, r, s in sorted(found, key=lambda tried: -tried[0])]
@@ -50,7 +61,7 @@ class _Correlation:
 
     Args:
         vis, ir: (H, W).
-        nominal: log scales that the images may have; the ir image is shrunk for each.
+        side: pixels that the longer side of the visible image is shrunk to.
         max_displacement: pixels of the visible image, or None.
         masks: the pixels that count; None for all.
     """
@@ -59,28 +70,32 @@ class _Correlation:
         self,
         vis: Image,
         ir: Image,
-        nominal: list[float],
+        side: int,
         max_displacement: float | None,
         masks: Masks | None = None,
     ) -> None:
-        factor = shrinking(vis, _SIDE, _LEAST_SIDE)
+        factor = shrinking(vis, side, _LEAST_SIDE)
         small = shrink(vis, factor)
         self._ir = ir
         self._valid_ir = None if masks is None else masks.ir
-        self._nominal = nominal
         self._size = small.shape[1], small.shape[0]
         self._to_small_vis = resize_between(vis, small)
         maps = without_edge(structure_maps(small, even=False))
         valid = None if masks is None else clear_of_edges(masks.vis, small.shape)
         self._correlator = GlobalCorrelator(maps, valid)
-        # In each case the other image is shrunk to pixels as large as the visible one's.
-        self._small_irs = {n: shrink(ir, factor / float(np.exp(n))) for n in nominal}
+        self._factor = factor
         self._max_shift = None if max_displacement is None else max(1.0, max_displacement * factor)
+        self._moving: dict[float, tuple[NDArray[np.float32], Matrix]] = {}
         self._tried: dict[tuple[float, float], tuple[float, Matrix]] = {}
 
-    def evidence(self, rotation: float, log_scale: float) -> float:
-        """How clearly the images agree; minus infinity where no shift is allowed."""
-        return self._try(rotation, log_scale)[0]
+    def try_all(self, hypotheses: Sequence[tuple[float, float]]) -> list[Tried]:
+        """Evidence of each (rotation, log scale): minus infinity where no shift is allowed."""
+        for log_scale in {log_scale for _, log_scale in hypotheses}:
+            self._maps_at(log_scale)
+        # OpenCV works without the interpreter's lock; as many threads as it may use itself.
+        with ThreadPoolExecutor(max(1, cv2.getNumThreads())) as pool:
+            evidences = pool.map(lambda hypothesis: self._try(*hypothesis)[0], hypotheses)
+            return [(found, r, s) for found, (r, s) in zip(evidences, hypotheses, strict=True)]
 
     def transform(self, rotation: float, log_scale: float) -> Matrix:
         """(3, 3) from visible to ir pixels, with the best shift."""
@@ -93,16 +108,33 @@ class _Correlation:
             self._tried[key] = self._correlate(rotation, log_scale)
         return self._tried[key]
 
+    def _maps_at(self, log_scale: float) -> tuple[NDArray[np.float32], Matrix]:
+        """Structure and coverage (H, W, 3) of the ir image in the visible one's scale; (3, 3) to it."""
+        key = round(log_scale, 5)
+        if key not in self._moving:
+            small = shrink(self._ir, self._factor / float(np.exp(log_scale)))
+            inside = np.ones(small.shape, np.float32)
+            if self._valid_ir is not None:
+                inside = clear_of_edges(self._valid_ir, small.shape)
+            layers = [*without_edge(structure_maps(small, even=False)), without_edge(inside[None])[0]]
+            layers = [layer * inside for layer in layers]
+            self._moving[key] = cv2.merge(layers), resize_between(self._ir, small)
+        return self._moving[key]
+
     def _correlate(self, rotation: float, log_scale: float) -> tuple[float, Matrix]:
-        small_ir = self._small_irs[min(self._nominal, key=lambda n: abs(n - log_scale))]
-        to_small_ir = resize_between(self._ir, small_ir)
+        layers, to_small_ir = self._maps_at(log_scale)
+        height, width = layers.shape[:2]
         centre_vis = (self._size[0] - 1) / 2, (self._size[1] - 1) / 2
-        centre_ir = (small_ir.shape[1] - 1) / 2, (small_ir.shape[0] - 1) / 2
         scale = float(np.exp(log_scale)) * to_small_ir[0, 0] / self._to_small_vis[0, 0]
-        turn = similarity_about(rotation, scale, centre_vis, centre_ir)
-        moved, mask = resample(small_ir, turn, self._size, edge=2, valid=self._valid_ir)
+        turn = similarity_about(rotation, scale, centre_vis, ((width - 1) / 2, (height - 1) / 2))
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        cosine, sine, covered = cv2.split(cv2.warpAffine(layers, turn[:2], self._size, flags=flags))
+        # Edges turn with the image, their doubled angles twice as far.
+        c, s = (np.float32(f(2 * np.deg2rad(rotation))) for f in (np.cos, np.sin))
+        maps = np.stack([c * cosine + s * sine, c * sine - s * cosine])
+        mask = (covered > 0.99).astype(np.float32)
         found, dx, dy = self._correlator.best_shift(
-            structure_maps(moved, even=False) * mask, mask, min_overlap=_OVERLAP, max_shift=self._max_shift
+            maps * mask, mask, min_overlap=_OVERLAP, max_shift=self._max_shift
         )
         shift = np.array([[1.0, 0, dx], [0, 1, dy], [0, 0, 1]])
         return found, np.linalg.inv(to_small_ir) @ turn @ shift @ self._to_small_vis
@@ -129,7 +161,7 @@ def _climb(correlation: _Correlation, start: Tried, turn: float) -> Tried:
     for _ in range(_HALVINGS):
         turn, zoom = turn / 2, zoom / 2
         around = [(best[1] + i * turn, best[2] + j * zoom) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-        best = max((correlation.evidence(r, s), r, s) for r, s in around)
+        best = max(correlation.try_all(around))
     return best
 
 

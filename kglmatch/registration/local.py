@@ -98,7 +98,7 @@ class _Pair:
             zoom = float(np.sqrt(abs(np.linalg.det(self.transform[:2, :2]))))
             small_ir = shrink(self.ir, min(1.0, factor / max(zoom, 1e-3)))
             self._levels[side] = (
-                _harmonics(without_edge(structure_maps(small))),
+                without_edge(structure_maps(small)),
                 resize_between(self.vis, small),
                 small_ir,
                 resize_between(self.ir, small_ir),
@@ -129,7 +129,7 @@ class _Pair:
         mask = cv2.erode(inside.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=0).astype(np.float32)
         centres, surfaces = correlate_everywhere(
             maps,
-            _harmonics(structure_maps(moved)) * mask,
+            structure_maps(moved) * mask,
             mask,
             spread=step.spread,
             radius=step.radius,
@@ -138,16 +138,6 @@ class _Pair:
         factor = width / self.size[0]
         points = (centres + 0.5) / factor - 0.5
         return points, factor, surfaces
-
-
-def _harmonics(maps: Maps) -> Maps:
-    """Structure maps (6, H, W) by harmonics of direction, (4, H, W): same products, fewer channels.
-
-    `structure_maps` leaves no mean and none of the highest harmonic, so that four of six are left.
-    """
-    angle = 2 * np.pi * np.arange(len(maps)) / len(maps)
-    waves = np.stack([f(k * angle) for k in (1, 2) for f in (np.cos, np.sin)]) * np.sqrt(2 / len(maps))
-    return np.tensordot(waves.astype(np.float32), maps, axes=1)
 
 
 def correlate_everywhere(

@@ -26,6 +26,15 @@ _AGREEMENT = 1.5
 _SOFTNESS = 0.4
 _FLAT = 0.02  # correlation; surfaces that vary less say nothing
 _MAX_CHANNELS = 64  # of an OpenCV image that is blurred
+# From a 3 x 3 neighbourhood, row by row, to its middle, fx, fy, fxx, fyy and fxy by central differences.
+_DIFFERENCES = np.array([
+    [0, 0, 0, 0, 1, 0, 0, 0, 0],
+    [0, 0, 0, -0.5, 0, 0.5, 0, 0, 0],
+    [0, -0.5, 0, 0, 0, 0, 0, 0.5, 0],
+    [0, 0, 0, 1, -2, 1, 0, 0, 0],
+    [0, 1, 0, 0, -2, 0, 0, 1, 0],
+    [0.25, 0, -0.25, 0, 0, 0, -0.25, 0, 0.25],
+]).T  # fmt: skip
 
 
 def standardise(surfaces: Surfaces) -> Surfaces:
@@ -54,23 +63,29 @@ def expand(surfaces: Surfaces, at: Matrix) -> tuple[Matrix, Matrix, Matrix]:
     Returns:
         values (P,), gradients (P, 2), Hessians (P, 2, 2).
     """
-    side = surfaces.shape[1]
-    middle = side // 2
-    cell = np.clip(np.rint(at).astype(np.int64) + middle, 1, side - 2)
-    rows = np.arange(len(surfaces))
-
-    def value(dx: int, dy: int) -> Matrix:
-        return surfaces[rows, cell[:, 1] + dy, cell[:, 0] + dx].astype(np.float64)
-
-    centre = value(0, 0)
-    fx, fy = (value(1, 0) - value(-1, 0)) / 2, (value(0, 1) - value(0, -1)) / 2
-    fxx, fyy = value(1, 0) - 2 * centre + value(-1, 0), value(0, 1) - 2 * centre + value(0, -1)
-    fxy = (value(1, 1) - value(1, -1) - value(-1, 1) + value(-1, -1)) / 4
-    x, y = np.clip(at + middle - cell, -1, 1).T
-    values = centre + fx * x + fy * y + (fxx * x * x + fyy * y * y) / 2 + fxy * x * y
+    values, (fx, fy, fxx, fyy, fxy), x, y = _parabolas(surfaces, at)
     gradients = np.stack([fx + fxx * x + fxy * y, fy + fxy * x + fyy * y], axis=1)
-    hessians = np.stack([np.stack([fxx, fxy], 1), np.stack([fxy, fyy], 1)], axis=1)
+    hessians = np.stack([fxx, fxy, fxy, fyy], axis=1).reshape(-1, 2, 2)
     return values, gradients, hessians
+
+
+def _parabolas(surfaces: Surfaces, at: Matrix) -> tuple[Matrix, Matrix, Matrix, Matrix]:
+    """Values (P,) at displacements (P, 2), and what they come from.
+
+    Returns:
+        values; fx, fy, fxx, fyy and fxy (5, P) at the nearest pixel; x and y (P,) from there.
+    """
+    count, side, _ = surfaces.shape
+    middle = side // 2
+    cell = np.clip(np.rint(at).astype(np.int64), 1 - middle, side - 2 - middle)
+    x, y = np.clip(at - cell, -1, 1).T
+    first = (np.arange(count) * side + cell[:, 1] + middle - 1) * side + cell[:, 0] + middle - 1
+    around = (np.arange(3)[:, None] * side + np.arange(3)).ravel()
+    near = surfaces.reshape(-1)[first[:, None] + around].astype(np.float64)
+    centre, *derivatives = (near @ _DIFFERENCES).T
+    fx, fy, fxx, fyy, fxy = derivatives
+    values = centre + fx * x + fy * y + (fxx * x * x + fyy * y * y) / 2 + fxy * x * y
+    return values, np.stack(derivatives), x, y
 
 
 def vote(values: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -80,8 +95,7 @@ def vote(values: NDArray[np.floating]) -> NDArray[np.float64]:
 
 def votes(surfaces: Surfaces, centres: Matrix, transform: Matrix) -> Matrix:
     """How much each window (P,) speaks for a transform, see `vote`."""
-    values, _, _ = expand(surfaces, transform_points(transform, centres) - centres)
-    return vote(values)
+    return vote(_parabolas(surfaces, transform_points(transform, centres) - centres)[0])
 
 
 def newton_steps(gradients: Matrix, hessians: Matrix, *, flat: float, longest: float) -> Matrix:
@@ -165,15 +179,28 @@ def _normal_equations(
     weight = 1 / (1 + np.exp(-np.clip((values - _AGREEMENT) / _SOFTNESS, -30, 30)))
     reach = surfaces.shape[1] // 2 - 0.5
     weight *= (np.abs(displacement) <= reach).all(axis=1)
-    # Curvature made positive: along an edge a window may slide, but not without end.
-    curvature, axes = np.linalg.eigh(-hessians)
-    largest = np.abs(curvature).max(axis=1, keepdims=True)
-    curvature = np.maximum(curvature, 1e-4 + 0.05 * largest)
-    information = np.einsum("pij,pj,pkj->pik", axes, curvature, axes)
+    information = _at_least_convex(-hessians)
     jacobian = transform_jacobian(kind, (moved - origin) / unit) * unit
-    normal = np.einsum("p,pia,pij,pjb->ab", weight, jacobian, information, jacobian)
-    uphill = np.einsum("p,pia,pi->a", weight, jacobian, gradients)
+    weighted = (weight[:, None, None] * jacobian).reshape(-1, jacobian.shape[2])
+    normal = weighted.T @ (information @ jacobian).reshape(weighted.shape)
+    uphill = weighted.T @ gradients.ravel()
     return normal, uphill
+
+
+def _at_least_convex(hessians: Matrix) -> Matrix:
+    """Hessians (P, 2, 2) whose curvatures are raised to 5 % of the larger one, in size, at least.
+
+    Along an edge a window may slide, but not without end.
+    """
+    (xx, xy), (_, yy) = hessians.transpose(1, 2, 0)
+    mean, half = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
+    least = 1e-4 + 0.05 * (np.abs(mean) + half)
+    most, other = np.maximum(mean + half, least), np.maximum(mean - half, least)
+    # The axes stay, the curvatures along them are mapped: a line through both does it.
+    slope = (most - other) / np.maximum(2 * half, 1e-12)
+    mapped = slope[:, None, None] * hessians
+    mapped[:, [0, 1], [0, 1]] += ((most + other) / 2 - slope * mean)[:, None]
+    return np.asarray(mapped)
 
 
 def starting_points(surfaces: Surfaces, centres: Matrix, tolerance: float) -> list[Matrix]:
