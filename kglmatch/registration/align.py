@@ -23,7 +23,7 @@ from kglmatch.options import DEFAULT_KIND, TransformKind
 from kglmatch.registration.coarse import search
 from kglmatch.registration.limits import Limits
 from kglmatch.registration.masks import Masks, clear_of_edges
-from kglmatch.registration.structure import EDGE, correlate_windows, structure_maps, without_edge
+from kglmatch.registration.structure import EDGE, Maps, correlate_windows, structure_maps, without_edge
 from kglmatch.registration.surfaces import (
     expand,
     maximise_votes,
@@ -47,6 +47,8 @@ _MIN_WINDOWS = 8
 # A transform with more parameters must win this many times the held-out votes.
 _KIND_GAIN = 1.01
 _CANDIDATES: tuple[TransformKind, ...] = ("similarity", "affine", "homography")
+# Held-out votes that leave no doubt of a place, unless one elsewhere was found as well supported, nearly.
+_CLEAR, _RIVAL = 0.4, 0.6
 _CHANCE = 0.1  # mean vote that a fit to unrelated images reaches
 LEAST_SUPPORT = 0.12  # below it, structure says nothing
 # Standard deviations above a surface's mean. A peak of this height is within 1.5 pixels of the
@@ -118,10 +120,10 @@ def align(vis: Image, ir: Image, limits: Limits, masks: Masks | None = None) -> 
     kind = limits.kind
     if kind == "translation":
         limits = dataclasses.replace(limits, max_rotation=0.0, max_scale=1.0)
-    starts = search(vis, ir, limits, masks)
+    copies = Copies(vis, ir, masks)
     refined: list[tuple[float, Matrix]] = []
-    for start in starts:
-        level = make_level(vis, ir, start, FIRST_SIDE, radius=10, across=9, masks=masks)
+    for start in search(vis, ir, limits, masks):
+        level = copies.level(start, FIRST_SIDE, radius=10, across=9)
         if level is None:
             continue
         correction, vote = _fit(level, steps_to(kind), (2.0, 1.0))
@@ -129,10 +131,12 @@ def align(vis: Image, ir: Image, limits: Limits, masks: Masks | None = None) -> 
             refined.append((vote, level.full(correction)))
     refined.sort(key=lambda item: -item[0])
     alternatives: list[Alignment] = []
-    for _, transform in refined:
+    for vote, transform in refined:
         if any(same_place(transform, other.transform, vis.shape) for other in alternatives):
             continue
-        alignment = refine(vis, ir, transform, kind=kind, masks=masks)
+        if alternatives and alternatives[0].support > _CLEAR and vote < _RIVAL * refined[0][0]:
+            break
+        alignment = _refine(copies, transform, kind)
         if alignment is not None and not any(
             same_place(alignment.transform, other.transform, vis.shape) for other in alternatives
         ):
@@ -161,11 +165,15 @@ def refine(
     Returns:
         the alignment, or None if fewer than 8 windows are covered by both images.
     """
-    sides = pyramid(max(vis.shape))
+    return _refine(Copies(vis, ir, masks), start, kind, first_radius)
+
+
+def _refine(copies: Copies, start: Matrix, kind: str, first_radius: int = 10) -> Alignment | None:
+    sides = pyramid(max(copies.vis.shape))
 
     def level_at(depth: int, transform: Matrix) -> Level | None:
         radius, across = (first_radius, 9) if depth == 0 else (8, 12) if depth == 1 else (6, 14)
-        return make_level(vis, ir, transform, sides[depth], radius=radius, across=across, masks=masks)
+        return copies.level(transform, sides[depth], radius=radius, across=across)
 
     return refine_levels(start, len(sides), level_at, kind=kind)
 
@@ -332,6 +340,67 @@ def _median_of_neighbours(points: Matrix, values: Matrix, weights: Matrix, count
 # --- levels -----------------------------------------------------------------------------------
 
 
+class Copies:
+    """Two images at any resolution, and their structure; what is made once is kept.
+
+    Args:
+        vis, ir: (H, W) float32 grey.
+        masks: the pixels that count; None for all.
+    """
+
+    def __init__(self, vis: Image, ir: Image, masks: Masks | None = None) -> None:
+        self.vis, self.ir, self.masks = vis, ir, masks
+        self._visible: dict[int, tuple[Maps, NDArray[np.float32] | None, Matrix]] = {}
+        self._other: dict[int, Image] = {}
+
+    def level(self, transform: Matrix, side: int, *, radius: int, across: int) -> Level | None:
+        """Correlates windows of the visible image with the other one, resampled by a transform.
+
+        Args:
+            side: width or height, whichever is larger, that the visible image is shrunk to.
+            radius: displacements searched, pixels at this resolution.
+            across: windows along the longer side.
+
+        Returns:
+            the level, or None if fewer than 8 windows are covered by both images.
+        """
+        maps, valid_vis, to_level = self._visible_at(side)
+        # The other image is shrunk by what the transform will not shrink, so that nothing aliases.
+        zoom = float(np.sqrt(abs(np.linalg.det(transform[:2, :2]))))
+        small_ir = self._other_at(min(1.0, shrinking(self.vis, side, _LEAST_SIDE) / max(zoom, 1e-3)))
+        to_small_ir = resize_between(self.ir, small_ir)
+        size = maps.shape[2], maps.shape[1]
+        predicted = transform @ np.linalg.inv(to_level)
+        valid_ir = None if self.masks is None else self.masks.ir
+        moved, mask = resample(small_ir, to_small_ir @ predicted, size, edge=EDGE, valid=valid_ir)
+        both = mask if valid_vis is None else mask * valid_vis
+        window = 64 if min(size) >= 2 * 64 else 32
+        centres = _grid(size, max(size) / across, window // 2 - 8)
+        covered = cv2.blur(both, (window, window))[centres[:, 1], centres[:, 0]] > _COVERED
+        centres = centres[covered]
+        if len(centres) < _MIN_WINDOWS:
+            return None
+        surfaces = correlate_windows(maps, structure_maps(moved) * mask, centres, size=window, radius=radius)
+        return Level(centres.astype(np.float64), standardise(surfaces), to_level, predicted)
+
+    def _visible_at(self, side: int) -> tuple[Maps, NDArray[np.float32] | None, Matrix]:
+        """Structure of the visible image, where it counts (None: everywhere), and (3, 3) to it."""
+        if side not in self._visible:
+            small = shrink(self.vis, shrinking(self.vis, side, _LEAST_SIDE))
+            maps, valid = without_edge(structure_maps(small)), None
+            if self.masks is not None:
+                valid = clear_of_edges(self.masks.vis, small.shape)
+                maps = maps * valid
+            self._visible[side] = maps, valid, resize_between(self.vis, small)
+        return self._visible[side]
+
+    def _other_at(self, factor: float) -> Image:
+        key = round(float(np.log(factor)) * 64)  # a copy that is 1 % larger does as well
+        if key not in self._other:
+            self._other[key] = shrink(self.ir, factor)
+        return self._other[key]
+
+
 def make_level(
     vis: Image,
     ir: Image,
@@ -342,47 +411,8 @@ def make_level(
     across: int,
     masks: Masks | None = None,
 ) -> Level | None:
-    """Correlates windows of the visible image with the other one, resampled by a transform.
-
-    Args:
-        side: width or height, whichever is larger, that the visible image is shrunk to.
-        radius: displacements searched, pixels at this resolution.
-        across: windows along the longer side.
-        masks: the pixels that count; None for all.
-
-    Returns:
-        the level, or None if fewer than 8 windows are covered by both images.
-    """
-    factor = shrinking(vis, side, _LEAST_SIDE)
-    small_vis = shrink(vis, factor)
-    to_level = resize_between(vis, small_vis)
-    # The other image is shrunk by what the transform will not shrink, so that nothing aliases.
-    zoom = float(np.sqrt(abs(np.linalg.det(transform[:2, :2]))))
-    small_ir = shrink(ir, min(1.0, factor / max(zoom, 1e-3)))
-    to_small_ir = resize_between(ir, small_ir)
-    size = small_vis.shape[1], small_vis.shape[0]
-    predicted = transform @ np.linalg.inv(to_level)
-    valid_ir = None if masks is None else masks.ir
-    moved, mask = resample(small_ir, to_small_ir @ predicted, size, edge=EDGE, valid=valid_ir)
-    maps = without_edge(structure_maps(small_vis))
-    both = mask
-    if masks is not None:
-        valid_vis = clear_of_edges(masks.vis, small_vis.shape)
-        maps, both = maps * valid_vis, mask * valid_vis
-    window = 64 if min(size) >= 2 * 64 else 32
-    centres = _grid(size, max(size) / across, window // 2 - 8)
-    covered = cv2.blur(both, (window, window))[centres[:, 1], centres[:, 0]] > _COVERED
-    centres = centres[covered]
-    if len(centres) < _MIN_WINDOWS:
-        return None
-    surfaces = correlate_windows(
-        maps,
-        structure_maps(moved) * mask,
-        centres,
-        size=window,
-        radius=radius,
-    )
-    return Level(centres.astype(np.float64), standardise(surfaces), to_level, predicted)
+    """`Copies.level` of two images that are looked at once."""
+    return Copies(vis, ir, masks).level(transform, side, radius=radius, across=across)
 
 
 def pyramid(side: int) -> list[int]:

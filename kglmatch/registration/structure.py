@@ -79,7 +79,7 @@ def correlate_windows(
     reach, side = size + 2 * radius, 2 * radius + 1
     n = cv2.getOptimalDFTSize(reach)
     margin = reach // 2 + 1
-    a, b = (cv2.copyMakeBorder(cv2.merge(maps), *4 * (margin,), cv2.BORDER_CONSTANT) for maps in (a, b))
+    a, b = (cv2.copyMakeBorder(cv2.merge(list(maps)), *4 * (margin,), cv2.BORDER_CONSTANT) for maps in (a, b))
     hann = np.hanning(size + 2)[1:-1].astype(np.float32)
     taper = (hann[:, None] * hann)[:, :, None]
     # The taper weighs the other image too, so that both norms are of the same pixels.

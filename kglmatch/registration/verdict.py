@@ -48,7 +48,9 @@ from kglmatch.resampling import covered_by, warp_image
 
 Image = NDArray[np.float32]
 
-_PLACES = 48  # that the network looks at
+# Places that the network looks at: first some, and the others where they leave any doubt.
+_FIRST_PLACES, _PLACES = 24, 48
+_BEYOND_DOUBT = 1.4  # evidence
 _ENOUGH_PLACES = 24  # fewer say less: where little overlaps, the best of many alternatives agrees by chance
 _ALTERNATIVES = 2
 _JUDGED_SHARE = 0.05
@@ -164,7 +166,11 @@ def choose(
     masks: Masks | None = None,
 ) -> Registration:
     """The registration that holds best, of what `align` found within the limits and others propose."""
-    judged = [judge(matcher, vis, ir, alignment, masks=masks) for alignment in alternatives[:_ALTERNATIVES]]
+    judged: list[Registration] = []
+    for alignment in alternatives[:_ALTERNATIVES]:
+        judged.append(judge(matcher, vis, ir, alignment, masks=masks))
+        if evidence(judged[0].support, judged[0].agreement) > _BEYOND_DOUBT:
+            break
     for proposal in proposals:
         found = judge_proposal(matcher, vis, ir, proposal, limits, judged, masks)
         judged += [] if found is None else [found]
@@ -265,12 +271,20 @@ def judge_patches(
         proposer: what found the alignment.
     """
     scores, agreed = np.zeros(len(alignment.points_vis), np.float32), 0.5
-    if len(rows) > 1:
-        features_vis = matcher.describe(patches_vis, "vis")
-        features_ir = matcher.describe(patches_ir, "ir")
-        scores[rows] = matcher.score(features_vis, features_ir)
-        cosine = to_numpy(features_vis.descriptors) @ to_numpy(features_ir.descriptors).T
-        agreed = agreement(distance_from_cosine(cosine))
+    staged = len(rows) >= 2 * _FIRST_PLACES
+    described: list[list[NDArray[np.floating]]] = [[], []]
+    for some in (slice(0, None, 2), slice(1, None, 2)) if staged else (slice(None),):
+        if len(rows) < 2:
+            break
+        features_vis = matcher.describe(patches_vis[some], "vis")
+        features_ir = matcher.describe(patches_ir[some], "ir")
+        scores[rows[some]] = matcher.score(features_vis, features_ir)
+        for parts, features in zip(described, (features_vis, features_ir), strict=True):
+            parts.append(to_numpy(features.descriptors))
+        of_vis, of_ir = (np.concatenate(parts) for parts in described)
+        agreed = agreement(distance_from_cosine(of_vis @ of_ir.T))
+        if evidence(alignment.support, agreed) > _BEYOND_DOUBT:
+            break
     verdict = give_verdict(alignment.support, agreed, alignment.num_matches)
     failed = verdict == "failed"
     return Registration(
