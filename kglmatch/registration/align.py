@@ -49,6 +49,7 @@ _KIND_GAIN = 1.01
 _CANDIDATES: tuple[TransformKind, ...] = ("similarity", "affine", "homography")
 # Held-out votes that leave no doubt of a place, unless one elsewhere was found as well supported, nearly.
 _CLEAR, _RIVAL = 0.4, 0.6
+_STARTS = 2  # of a fit, that are followed to their tops
 _CHANCE = 0.1  # mean vote that a fit to unrelated images reaches
 LEAST_SUPPORT = 0.12  # below it, structure says nothing
 # Standard deviations above a surface's mean. A peak of this height is within 1.5 pixels of the
@@ -427,7 +428,9 @@ def _fit(level: Level, kinds: Sequence[TransformKind], sigmas: Sequence[float]) 
     """The best supported correction of a level, and its mean vote."""
     blurred = [smooth(level.surfaces, sigma) for sigma in sigmas]
     best, best_vote = np.eye(3), -1.0
-    for start in starting_points(level.surfaces, level.centres, tolerance=1.5):
+    starts = starting_points(level.surfaces, level.centres, tolerance=1.5)
+    starts.sort(key=lambda start: -float(votes(blurred[0], level.centres, start).sum()))
+    for start in starts[:_STARTS]:
         correction = start
         for kind in kinds:
             correction = maximise_votes(blurred, level.centres, kind, correction)
