@@ -1,0 +1,137 @@
+"""How long it takes to register and to match a pair, compared with other matchers on it, in one run.
+
+    python benchmarks/speed.py                                  # the example pair
+    python benchmarks/speed.py VIS IR --model kglnet-vis-lwir   # a pair of yours
+    python benchmarks/speed.py --rounds 1 --baselines SIFT      # to see that it runs
+    OMP_NUM_THREADS=1 python benchmarks/speed.py --threads 1    # one core, by its processor time
+
+All take turns on one pair, so that other load of the machine affects them alike. Wall and processor time are
+given, medians over the rounds, and the ratio of processor times to that of OpenCV's SIFT with MAGSAC++. What
+is only fast is not worth much: `benchmarks/proof` says who is right.
+The rates of a matrix product and of a copy are the machine's, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "proof"))
+import contenders
+
+from kglmatch import Matcher, load_image
+from kglmatch.errors import KGLMatchError
+from kglmatch.models.cost import cost
+
+DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
+LIMITS: dict[str, dict[str, float]] = {
+    "register": {},
+    "register, any rotation": {"max_rotation": 180.0},
+    "register, any rotation and a factor of 2": {"max_rotation": 180.0, "max_scale": 2.0},
+}
+REFERENCE = "SIFT"
+MATRIX, COPIED = 1024, 1 << 24  # side; bytes
+Contender = Callable[[], Any]
+
+
+def clocked(run: Contender) -> tuple[float, float]:
+    """Wall and processor seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def machine() -> tuple[float, float]:
+    """Multiply-adds a second of a float32 matrix product in numpy, and bytes a second that a copy moves."""
+    a = np.random.default_rng(0).random((MATRIX, MATRIX), dtype=np.float32)
+    source, target = np.ones(COPIED, np.uint8), np.empty(COPIED, np.uint8)
+    product = min(clocked(lambda: a @ a)[0] for _ in range(3))
+    copy = min(clocked(lambda: np.copyto(target, source))[0] for _ in range(3))
+    return MATRIX**3 / product, COPIED / copy
+
+
+def ours(matcher: Matcher, vis: np.ndarray, ir: np.ndarray, keypoints: int) -> dict[str, Contender]:
+    runs: dict[str, Contender] = {
+        name: lambda limits=limits: matcher.register(vis, ir, **limits) for name, limits in LIMITS.items()
+    }
+    runs[f"match_images, {keypoints} keypoints"] = lambda: matcher.match_images(
+        vis, ir, max_keypoints=keypoints
+    )
+    return runs
+
+
+def baselines(names: list[str], vis: np.ndarray, ir: np.ndarray) -> tuple[dict[str, Contender], list[str]]:
+    """Other matchers, each with the transform that its matches agree on, and why some cannot be measured."""
+    runs: dict[str, Contender] = {}
+    missing = []
+    for name in names:
+        try:
+            function = contenders.load(name)
+        except KGLMatchError as error:
+            missing.append(str(error))
+            continue
+        runs[name] = lambda name=name, function=function: contenders.alone(
+            contenders.propose(name, function, vis, ir)
+        )
+    return runs, missing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("vis", nargs="?", type=Path, default=DATA / "sentinel2_red.tif")
+    parser.add_argument("ir", nargs="?", type=Path, default=DATA / "sentinel2_nir.tif")
+    parser.add_argument("--model", default="kglnet-vis-nir")
+    parser.add_argument("--backend", default="torch")
+    parser.add_argument("--max-keypoints", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of OpenCV (default: all cores)")
+    parser.add_argument(
+        "--baselines", nargs="*", default=list(contenders.available()), help="default: all but the slow ones"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    try:
+        matcher = Matcher.from_pretrained(args.model, backend=args.backend)
+        vis, ir = load_image(args.vis), load_image(args.ir)
+    except KGLMatchError as error:
+        raise SystemExit(str(error)) from error
+    runs = ours(matcher, vis, ir, args.max_keypoints)
+    others, missing = baselines(args.baselines, vis, ir)
+    runs |= others
+    cv2.setNumThreads(cv2.getNumberOfCPUs() if args.threads is None else args.threads)
+    for run in runs.values():  # what is loaded or compiled at first use
+        run()
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(args.rounds):
+        for name, run in runs.items():
+            taken[name].append(clocked(run))
+    product, copy = machine()
+    wall, cpu = (
+        {name: statistics.median(t[k] for t in times) for name, times in taken.items()} for k in (0, 1)
+    )
+    if args.json:
+        print(json.dumps({"wall": wall, "cpu": cpu, "product": product, "copy": copy, "missing": missing}))
+        return
+    size = " and ".join(f"{image.shape[1]} x {image.shape[0]}" for image in (vis, ir))
+    patch = cost(matcher.config).descriptor_and_map / 1e6
+    print(f"{args.model}, {patch:.0f} million multiply-adds a patch; images of {size} pixels")
+    print(f"{'':44s} {'wall s':>8s} {'CPU s':>8s} {'to ' + REFERENCE:>8s}")
+    for name in runs:
+        ratio = f"{cpu[name] / cpu[REFERENCE]:8.2f}" if REFERENCE in cpu else ""
+        print(f"{name:44s} {wall[name]:8.2f} {cpu[name]:8.2f} {ratio}")
+    print(f"This machine: {product / 1e9:.1f} billion multiply-adds a second, {copy / 1e9:.1f} GB/s copied")
+    for line in missing:
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
