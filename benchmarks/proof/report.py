@@ -194,14 +194,29 @@ def tables(report: dict[str, Any]) -> str:
     for set_name, by_strength in report["shares"].items():
         pairs = report["pairs"][set_name]
         parts.append(f"## {set_name}: {pairs['confirmed']} of {pairs['of']} pairs confirmed")
-        for strength, found in by_strength.items():
-            if found:
-                parts.append(f"### {strength}\n\n{shares_table(found)}")
+        parts.append(f"{ALL}; the last columns within {RIGHT:g} px\n\n{overview(by_strength)}")
+        for strength in STRENGTHS:
+            if by_strength[strength]:
+                parts.append(f"### {strength}\n\n{shares_table(by_strength[strength])}")
     names = ", ".join(f"{name} ({set_name})" for set_name, name in report["lowered"])
     parts.append(f"Shares within 5 px that the judge lowers to below their interval: {names or 'none'}.")
     parts.append(f"## Unrelated pairs\n\n{accepts_table(report)}")
     parts.append(f"## Confidence\n\n{reliability_table(report)}")
     return "\n\n".join(parts) + "\n"
+
+
+def overview(by_strength: dict[str, Any]) -> str:
+    """Shares over all strengths, then those within 5 pixels at each."""
+    strengths = [name for name in STRENGTHS if by_strength[name]]
+    head, rule, *lines = shares_table(by_strength[ALL]).splitlines()
+    key = f"within_{RIGHT:g}_px"
+    names = " | ".join(strengths)
+    more = [
+        " | ".join(f"{by_strength[strength][name][key][0]:.0f}" for strength in strengths)
+        for name in by_strength[ALL]
+    ]
+    rows = [f"{line} {shares} |" for line, shares in zip(lines, more, strict=True)]
+    return "\n".join([f"{head} {names} |", rule + "---|" * len(strengths), *rows])
 
 
 def shares_table(found: dict[str, Any]) -> str:
