@@ -96,10 +96,12 @@ def test_tasks_are_seeded_and_within_their_strength(modules, tmp_path):
     from pairs import STRENGTHS, TEST, make_tasks
 
     write_pairs(tmp_path / "vis-nir" / "water", 5)
-    tasks = make_tasks(tmp_path, TEST, strengths=list(STRENGTHS), limit=3, unrelated=4)
-    assert len(tasks) == 3 * 3 + 4 and len({task.key for task in tasks}) == len(tasks)
+    turned = cv2.getRotationMatrix2D((104, 96), 9, 1.1)
+    np.save(tmp_path / "vis-nir" / "water" / "0003_nir.npy", turned)
+    tasks = make_tasks(tmp_path, TEST, strengths=list(STRENGTHS), limit=5, unrelated=4)
+    assert len(tasks) == 5 * 3 + 4 and len({task.key for task in tasks}) == len(tasks)
     assert [t.key for t in tasks] == [
-        t.key for t in make_tasks(tmp_path, TEST, strengths=list(STRENGTHS), limit=3, unrelated=4)
+        t.key for t in make_tasks(tmp_path, TEST, strengths=list(STRENGTHS), limit=5, unrelated=4)
     ]
     for task in tasks:
         warp = task.warp((208, 192))
@@ -107,6 +109,7 @@ def test_tasks_are_seeded_and_within_their_strength(modules, tmp_path):
         if task.strength == "unrelated":
             assert task.vis.name != task.ir.name and np.array_equal(warp, np.eye(3))
             continue
+        warp = warp @ np.vstack([task.vis.affine, [0, 0, 1]])  # from visible pixels
         how = STRENGTHS[task.strength]
         assert abs(np.log(np.hypot(*warp[:2, 0]))) <= np.log(how.scale) + 1e-9
         assert abs(np.rad2deg(np.arctan2(warp[1, 0], warp[0, 0]))) <= how.rotation + 1e-9

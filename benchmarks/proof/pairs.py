@@ -109,7 +109,10 @@ class Task:
         return load_image(self.vis.vis), load_image(self.ir.ir)
 
     def warp(self, size: tuple[int, int]) -> np.ndarray:
-        """(3, 3) from pixels of the ir image to those of the warped one; of the task's own random numbers."""
+        """(3, 3) from pixels of the ir image to those of the warped one; of the task's own random numbers.
+
+        The transform that the set publishes is undone first, so that the strength bounds the whole.
+        """
         if self.strength == UNRELATED:
             return np.eye(3)
         how, rng = STRENGTHS[self.strength], np.random.default_rng(zlib.crc32(self.key.encode()))
@@ -117,7 +120,8 @@ class Task:
         rotation = float(rng.uniform(-1, 1) * how.rotation)
         centre = (size[0] - 1) / 2, (size[1] - 1) / 2
         shift = rng.uniform(-1, 1, 2) * how.shift
-        return similarity_about(rotation, scale, centre, (centre[0] + shift[0], centre[1] + shift[1]))
+        moved = similarity_about(rotation, scale, centre, (centre[0] + shift[0], centre[1] + shift[1]))
+        return moved @ np.linalg.inv(published(self.vis))
 
 
 def published(pair: ImagePair) -> np.ndarray:
