@@ -190,7 +190,7 @@ def clean(values: dict[str, Any]) -> dict[str, Any]:
 
 def tables(report: dict[str, Any]) -> str:
     """All tables in Markdown."""
-    parts = []
+    parts = [f"Within {RIGHT:g} px, {ALL}; unrelated pairs accepted\n\n{summary(report)}"]
     for set_name, by_strength in report["shares"].items():
         pairs = report["pairs"][set_name]
         parts.append(f"## {set_name}: {pairs['confirmed']} of {pairs['of']} pairs confirmed")
@@ -203,6 +203,18 @@ def tables(report: dict[str, Any]) -> str:
     parts.append(f"## Unrelated pairs\n\n{accepts_table(report)}")
     parts.append(f"## Confidence\n\n{reliability_table(report)}")
     return "\n\n".join(parts) + "\n"
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Shares within 5 pixels over all strengths, a column for each set, and the false accepts."""
+    key, sets = f"within_{RIGHT:g}_px", list(report["shares"])
+    rows = [["", *sets, "false accepts"]]
+    for name in report["cost"]:
+        found = [report["shares"][set_name][ALL].get(name) for set_name in sets]
+        accepts = report["false_accepts"].get(name)
+        cells = [interval(values[key]) if values else "" for values in found]
+        rows.append([name, *cells, f"{accepts['accepted']} of {accepts['pairs']}" if accepts else ""])
+    return markdown(rows)
 
 
 def overview(by_strength: dict[str, Any]) -> str:
@@ -282,7 +294,7 @@ def draw_all(out: Path, rows: list[Row]) -> None:
     ):
         figure = draw(pyplot, rows)
         if figure is not None:
-            figure.savefig(out / f"{name}.png", dpi=110)
+            figure.savefig(out / f"{name}.png", dpi=85)
             pyplot.close(figure)
 
 
