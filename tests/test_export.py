@@ -482,3 +482,13 @@ def test_the_command_without_a_format_or_a_model(capsys, tmp_path):
     assert "--onnx" in capsys.readouterr().err
     assert main(["export", "--onnx", "--model", str(tmp_path / "no model")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_int8_is_judged_by_the_mean_over_many():
+    def parity(n, mean):
+        return export.Parity("metric_head.onnx", "score", n, 0.3, mean)
+
+    export._check([parity(1, 0.05), parity(8, 0.01)], "int8")
+    for wrong in ([parity(1, 0.01), parity(8, 0.05)], [parity(1, float("nan")), parity(8, 0.01)]):
+        with pytest.raises(ExportError, match="metric_head"):
+            export._check(wrong, "int8")
