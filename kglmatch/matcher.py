@@ -337,7 +337,7 @@ class Matcher(PatchMatcher):
             return found
         from kglmatch.registration.corrected import correct_locally
 
-        return correct_locally(self, *images, found)
+        return correct_locally(self, *images, found, masks)
 
     def verify(
         self, vis: Any, ir: Any, transform: Any, *, kind: str = DEFAULT_KIND, refine: bool = False
@@ -349,7 +349,7 @@ class Matcher(PatchMatcher):
         more than twice as far it has "failed". Pixels are those of the image with the larger ones.
 
         Args:
-            vis, ir: images, as for `extract`; sizes and resolutions may differ.
+            vis, ir: images, as for `register`.
             transform: (3, 3) or (2, 3) from visible to ir pixels; or matches: (N, 4) with x and y in the
                 visible and in the ir image, two arrays (N, 2), or `Matches` with keypoints. Of matches, the
                 transform that most agree on is judged.
@@ -372,7 +372,8 @@ class Matcher(PatchMatcher):
 
         limits = Limits(kind)
         given = read_proposal(transform, "given")
-        return verify(self, self.load(vis), self.load(ir), given, kind=limits.kind, refined=refine)
+        images, masks = self._load_pair(vis, ir)
+        return verify(self, *images, given, kind=limits.kind, refined=refine, masks=masks)
 
     def check(
         self, vis: Any, ir: Any, *, max_displacement: float = DEFAULT_CHECK_DISPLACEMENT

@@ -20,8 +20,9 @@ from rasterio.enums import ColorInterp, MaskFlags, Resampling  # noqa: E402
 from rasterio.transform import array_bounds, from_origin  # noqa: E402
 from rasterio.warp import calculate_default_transform, reproject  # noqa: E402
 
+from kglmatch.batch.transforms import read_saved_transform  # noqa: E402
 from kglmatch.cli import main  # noqa: E402
-from kglmatch.errors import ImageError, KGLMatchError, OutputError  # noqa: E402
+from kglmatch.errors import DataError, ImageError, KGLMatchError, OutputError  # noqa: E402
 from kglmatch.features import Features  # noqa: E402
 from kglmatch.geo import register as register_module  # noqa: E402
 from kglmatch.geo.grid import Grid, pixels_between  # noqa: E402
@@ -808,8 +809,25 @@ def test_register_writes_everything(quick, tmp_path, vis, mercator, capsys):
     assert np.allclose(told["shift_metres"], [-ERROR[0], -ERROR[1]], atol=3)
     with rasterio.open(out) as file:
         assert file.count == 5 and file.crs == UTM
-    line = error_line(capsys, "apply", saved, mercator, "-o", tmp_path / "wrong.tif")
-    assert "two rasters on the map" in line
+    # The saved transform does the same to any raster there.
+    assert main([str(a) for a in ("apply", saved, mercator, "-o", tmp_path / "again.tif")]) == 0
+    with rasterio.open(out) as file, rasterio.open(tmp_path / "again.tif") as again:
+        assert again.crs == UTM and again.transform == file.transform
+        np.testing.assert_array_equal(again.read(), file.read())
+    arguments = ["apply", saved, mercator, "-o", tmp_path / "small.tif", "--size", "128x128"]
+    assert main([str(a) for a in arguments]) == 0
+    with rasterio.open(tmp_path / "small.tif") as small, rasterio.open(out) as file:
+        assert small.transform.a == 20 and small.bounds == file.bounds
+        means = file.read().reshape(5, 128, 2, 128, 2).astype(float).mean(axis=(2, 4))
+        assert np.median(np.abs(small.read() - means)[:, 8:-8, 8:-8]) < 0.05 * means.mean()
+    with pytest.raises(DataError, match="kglmatch apply takes it"):
+        read_saved_transform(saved)
+    capsys.readouterr()
+    damaged = tmp_path / "damaged.json"
+    for change, message in (({"crs": "EPSG:1"}, "damaged.json"), ({"geotransform": [1, 2]}, "six numbers")):
+        damaged.write_text(json.dumps(json.loads(saved.read_text()) | change))
+        line = error_line(capsys, "apply", damaged, mercator, "-o", tmp_path / "wrong.tif")
+        assert message in line and not (tmp_path / "wrong.tif").exists()
     assert json.loads(saved.read_text())["crs"] == "EPSG:32633" and overlay.stat().st_size > 10_000
     # A control point is a pixel of the file, and the place on the map where its content belongs.
     lines = points.read_text().splitlines()

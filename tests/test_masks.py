@@ -6,9 +6,18 @@ import cv2
 import numpy as np
 import pytest
 
+from kglmatch.geometry import transform_points
 from kglmatch.images import load_image
-from kglmatch.registration.align import align, displacement_field, make_level
+from kglmatch.registration.align import (
+    align,
+    best_start,
+    coarse_fit,
+    displacement_field,
+    make_level,
+    mean_vote,
+)
 from kglmatch.registration.limits import Limits
+from kglmatch.registration.local import correct
 from kglmatch.registration.masks import Masks, clear_of_edges, fill
 from kglmatch.registration.verdict import register
 
@@ -70,6 +79,59 @@ def test_field_and_verdict_take_masks(holed, thin_matcher):
     np.testing.assert_allclose(np.median(field.displacement[field.judged], axis=0), SHIFT, atol=0.6)
     found = register(thin_matcher, vis, ir, Limits("translation", 16, 0, 1), masks=masks)
     assert found.vis_size == (320, 320)
+
+
+def shifted(x, y):
+    return np.array([[1, 0, x], [0, 1, y], [0, 0, 1.0]])
+
+
+@pytest.fixture(scope="module")
+def bait():
+    """A pair of which the right part holds no data, but one strong pattern at the same place in both: it
+    speaks for no displacement."""
+    vis, ir = (load_image(f"examples/data/sentinel2_{band}.tif")[:320, :320] for band in ("red", "nir"))
+    ir = np.roll(ir, (int(SHIFT[1]), int(SHIFT[0])), axis=(0, 1))
+    blocks = np.random.default_rng(1).random((64, 64), np.float32).repeat(5, 0).repeat(5, 1)
+    valid = np.broadcast_to(np.arange(320) < 120, (320, 320))
+    return np.where(valid, vis, blocks), np.where(valid, ir, blocks), Masks(valid, valid)
+
+
+def test_the_vote_on_a_transform_takes_masks(bait):
+    vis, ir, masks = bait
+    none, true = np.eye(3), shifted(*SHIFT)
+    assert mean_vote(vis, ir, true, masks) > mean_vote(vis, ir, none, masks) + 0.1
+    # What is not data speaks for no displacement.
+    assert mean_vote(vis, ir, none) > mean_vote(vis, ir, none, masks) + 0.1
+    far = shifted(-9, 11)
+    assert best_start(vis, ir, [far, none, true], masks) is true
+    assert best_start(vis, ir, [far, none, true]) is none
+
+
+def test_coarse_structure_takes_masks(bait):
+    vis, ir, masks = bait
+    middle = np.array([60.0, 160.0])
+    off = [
+        np.linalg.norm(transform_points(found[0], middle[None])[0] - middle - SHIFT)
+        for found in (coarse_fit(vis, ir, np.eye(3), masks), coarse_fit(vis, ir, np.eye(3)))
+    ]
+    assert off[0] < 1 < off[1]
+
+
+def test_verify_does_not_see_pixels_without_data(bait, matcher):
+    vis, ir, masks = bait
+    pair = np.ma.MaskedArray(vis, mask=~masks.vis), np.where(masks.ir, ir, np.float32(np.nan))
+    assert matcher.verify(*pair, shifted(*SHIFT)).verdict == "registered"
+    assert matcher.verify(*pair, np.eye(3)).verdict == "failed"
+    assert matcher.verify(vis, ir, shifted(*SHIFT)).verdict == "failed"
+
+
+def test_a_local_correction_takes_masks(bait):
+    vis, ir, masks = bait
+    found = correct(fill(vis, masks.vis), fill(ir, masks.ir), shifted(*SHIFT), masks)
+    assert len(found.points) > 12 and found.points[:, 0].max() < 120
+    assert found.field is None  # the transform is exact
+    seen = correct(vis, ir, shifted(*SHIFT))
+    assert seen.points[:, 0].max() > 250 and seen.field is not None  # led astray
 
 
 def test_nothing_with_data_is_nothing_found(holed, thin_matcher):

@@ -162,7 +162,8 @@ def test_where_structure_says_nothing_matches_may(matcher, scene, monkeypatch):
     monkeypatch.setattr(verify, "refine", lambda *a, **k: weak(refine(*a, **k), support=0.0))
     asked = []
 
-    def by_matches(_matcher, vis, ir, limits):
+    def by_matches(_matcher, vis, ir, limits, masks):
+        assert masks is None
         asked.append((np.abs(ir - other_sensor(vis))[60:140, 80:170].mean(), limits.max_rotation))
         points = made_up().keypoints_vis.astype(float)
         none = np.zeros(len(points))

@@ -26,20 +26,26 @@ class SavedTransform:
         transform: (3, 3) from visible (or reference) pixels to those of the other image.
         vis_size, ir_size: (width, height) that it was found for.
         local: displacement of the visible pixels before the transform, or None.
+        place: coordinate reference system and geotransform (6 numbers) of the visible raster, where two
+            rasters on the map were registered: then both images are seen on its grid.
     """
 
     transform: NDArray[np.float64]
     vis_size: tuple[int, int]
     ir_size: tuple[int, int]
     local: DisplacementField | None = None
+    place: tuple[str, tuple[float, ...]] | None = None
 
 
-def read_saved_transform(path: str | os.PathLike[str], band: str | None = None) -> SavedTransform:
+def read_saved_transform(
+    path: str | os.PathLike[str], band: str | None = None, *, on_map: bool = False
+) -> SavedTransform:
     """Reads a transform from what `kglmatch register --save` or `kglmatch rig calibrate` wrote.
 
     Args:
         path: the .json file.
         band: which one, where the file holds several.
+        on_map: whether it may be of two rasters on the map.
 
     Raises:
         DataError: no such file or band, a registration that failed, or a file that holds no transform.
@@ -48,10 +54,9 @@ def read_saved_transform(path: str | os.PathLike[str], band: str | None = None) 
     value = read_json(name)
     if not isinstance(value, dict):
         raise DataError(f"cannot read {name}: it holds no transform")
-    if "geotransform" in value:
+    if "geotransform" in value and not on_map:
         raise DataError(
-            f"{name} is of two rasters on the map, in pixels of the first one's grid: write "
-            "other bands by kglmatch register -o or kglmatch.geo.save_on_grid"
+            f"{name} is of two rasters on the map, in pixels of the first one's grid: kglmatch apply takes it"
         )
     reference = value.get("reference")
     if isinstance(value.get("bands"), list):
@@ -64,10 +69,20 @@ def read_saved_transform(path: str | os.PathLike[str], band: str | None = None) 
         vis_size = reference["size"] if isinstance(reference, dict) else value["vis_size"]
         ir_size = value["size"] if "size" in value else value["ir_size"]
         transform, vis, ir = read_transform(value["transform"]), read_size(vis_size), read_size(ir_size)
-        return SavedTransform(transform, vis, ir, _local(value, vis))
+        return SavedTransform(transform, vis, ir, _local(value, vis), _place(value))
     except (KeyError, TypeError, DataError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"cannot read {name}: {what}") from error
+
+
+def _place(value: dict[str, Any]) -> tuple[str, tuple[float, ...]] | None:
+    """Reference system and geotransform of the first raster, where two of them were registered."""
+    if "geotransform" not in value:
+        return None
+    numbers = value["geotransform"]
+    if not isinstance(numbers, list) or [type(v) in (int, float) for v in numbers] != [True] * 6:
+        raise DataError("its geotransform is not six numbers")
+    return str(value["crs"]), tuple(float(v) for v in numbers)
 
 
 def _local(value: dict[str, Any], vis_size: tuple[int, int]) -> DisplacementField | None:

@@ -19,6 +19,7 @@ from kglmatch.commands.common import (
     print_json,
     say,
 )
+from kglmatch.commands.common_rasters import load_grey, masked
 from kglmatch.options import DEFAULT_KIND, KINDS, VERIFY_TOLERANCE
 
 if TYPE_CHECKING:
@@ -74,7 +75,10 @@ def add_parser(subparsers: Any) -> None:
         "--save", metavar="FILE", type=output_path, help="write all that was found, failed or not: .json"
     )
     outputs.add_argument(
-        "--nodata", metavar="V", type=number, help="pixel value without data (default: every pixel counts)"
+        "--nodata",
+        metavar="V",
+        type=number,
+        help="pixel value without data, which does not count (default: what the file says)",
     )
     add_json_option(outputs)
     how = parser.add_argument_group("verification")
@@ -96,11 +100,11 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     # Mistakes are reported before the model is loaded.
     _check_names(args)
-    from kglmatch.images import load_image
     from kglmatch.registration.given import check_sizes
     from kglmatch.registration.proposals import read_proposal
 
-    images = [load_image(path, nodata=args.nodata) for path in (args.vis, args.ir)]
+    (vis, valid_vis), (ir, valid_ir) = (load_grey(path, nodata=args.nodata) for path in (args.vis, args.ir))
+    images = [vis, ir]
     given = _read(args)
     vis_size, ir_size = ((image.shape[1], image.shape[0]) for image in images)
     check_sizes(given, str(args.transform), vis_size, ir_size)
@@ -112,9 +116,9 @@ def run(args: argparse.Namespace) -> int:
 
     for path, image in zip((args.vis, args.ir), images, strict=True):
         check_image_size(image, matcher.config.patch_size, str(path))
-    vis, ir = images
+    pair = masked(vis, valid_vis), masked(ir, valid_ir)
     began = time.perf_counter()
-    found = matcher.verify(vis, ir, given.value, kind=args.kind, refine=args.refine)
+    found = matcher.verify(*pair, given.value, kind=args.kind, refine=args.refine)
     seconds = time.perf_counter() - began
     written = _write(args, images, found)
     if args.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from rasterio.crs import CRS
 from rasterio.errors import CRSError, RasterioError
 from rasterio.warp import transform as _project
 
-from kglmatch.errors import ImageError
+from kglmatch.errors import DataError, ImageError
 from kglmatch.geometry import resize_matrix, transform_points
 
 Matrix = NDArray[np.float64]
@@ -209,6 +210,29 @@ def name_of(crs: CRS) -> str:
         return f"EPSG:{code}"
     text = crs.to_wkt() if crs else "no CRS"
     return text.split('"')[1] if text.count('"') > 1 else text
+
+
+def grid_from_text(crs: str, geotransform: Sequence[float], size: tuple[int, int], *, name: str) -> Grid:
+    """The grid of a reference system as `text_of` writes it, and six numbers as rasterio's `Affine`.
+
+    Args:
+        size: (width, height).
+        name: of the file that it is from, for errors.
+
+    Raises:
+        DataError: a reference system that PROJ does not know.
+    """
+    try:
+        known = CRS.from_user_input(crs)
+    except GDAL_ERRORS as error:
+        raise DataError(f"cannot read {name}: {one_line(error)}") from None
+    return Grid.from_affine(known, Affine(*geotransform), *size)
+
+
+def text_of(crs: CRS) -> str:
+    """A coordinate reference system in a file: "EPSG:32633", or WKT where it has no such code."""
+    name = name_of(crs)
+    return name if name.startswith("EPSG:") else str(crs.to_wkt())
 
 
 def one_line(error: BaseException) -> str:

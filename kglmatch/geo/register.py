@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kglmatch.errors import ImageError, KGLMatchError
-from kglmatch.geo.grid import Grid, bounds_within, name_of, pixels_between, project
+from kglmatch.geo.grid import Grid, bounds_within, name_of, pixels_between, project, text_of
 from kglmatch.geo.raster import Image, Mask, Raster, gdal_settings
 from kglmatch.geo.windows import TILE, Scene, judge_on_tiles, place_tiles, refine_on_tiles, steps
 from kglmatch.geometry import resize_matrix, transform_points
@@ -28,6 +28,7 @@ from kglmatch.patch_matcher import PatchMatcher, check_image_size
 from kglmatch.progress import counter
 from kglmatch.registration.align import Alignment, align, refine, same_place
 from kglmatch.registration.corrected import correct_locally
+from kglmatch.registration.displacement import DisplacementField
 from kglmatch.registration.limits import Limits, within_limits
 from kglmatch.registration.masks import Masks, fill
 from kglmatch.registration.proposals import Proposer, propose
@@ -95,12 +96,9 @@ class RasterRegistration:
         Raises:
             KGLMatchError: the registration failed.
         """
-        transform, field = self.registration.transform, self.registration.local
-        if transform is None:
+        if self.registration.transform is None:
             raise KGLMatchError("the registration failed: there is no transform")
-        if field is None:
-            return transform
-        return lambda points: transform_points(transform, points + field.at(points))
+        return mapping_of(self.registration.transform, self.registration.local)
 
     def check_on_grid(self, check: RegistrationCheck) -> RegistrationCheck:
         """A check of what `preview` gave, in pixels of the grid."""
@@ -133,10 +131,17 @@ class RasterRegistration:
         failed = self.registration.transform is None
         return {
             **self.registration.to_dict(),
-            "crs": name_of(self.grid.crs),
+            "crs": text_of(self.grid.crs),
             "geotransform": list(self.grid.affine)[:6],
             "shift_metres": None if failed else [round(float(v), 4) for v in self.shift_metres],
         }
+
+
+def mapping_of(transform: Matrix, field: DisplacementField | None) -> Matrix | Callable[[Matrix], Matrix]:
+    """A transform (3, 3) after a local correction, as `kglmatch.geo.write.save_on_grid` takes it."""
+    if field is None:
+        return transform
+    return lambda points: transform_points(transform, points + field.at(points))
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,12 +261,19 @@ def preview(
 
     The second one is where the map puts it, before the registration.
     """
+    (vis_image, _), (ir_image, _), small = _small_pair(vis, ir, found, side)
+    return vis_image, ir_image, small
+
+
+def _small_pair(
+    vis: Raster, ir: Raster, found: RasterRegistration, side: int
+) -> tuple[tuple[Image, Mask], tuple[Image, Mask], Registration]:
+    """`preview` with the pixels that hold data."""
     grid = found.grid
-    factor = max(1.0, max(grid_size(grid)) / side)
-    small = _coarse(grid, factor)
+    small = _coarse(grid, max(1.0, max(grid_size(grid)) / side))
     scale = resize_matrix(small.width / grid.width, small.height / grid.height)
-    images = vis.on(small)[0], ir.on(small, found.ir_grid)[0]
-    return *images, _scaled(found.registration, scale, grid_size(small))
+    small_found = _scaled(found.registration, scale, grid_size(small))
+    return vis.on(small), ir.on(small, found.ir_grid), small_found
 
 
 def correct_rasters(
@@ -276,7 +288,9 @@ def correct_rasters(
     """
     if found.registration.transform is None:
         return found
-    corrected = correct_locally(matcher, *preview(vis, ir, found))
+    (vis_image, vis_valid), (ir_image, ir_valid), small = _small_pair(vis, ir, found, _COARSE)
+    images = fill(vis_image, vis_valid), fill(ir_image, ir_valid)
+    corrected = correct_locally(matcher, *images, small, Masks(vis_valid, ir_valid))
     width, height = corrected.vis_size
     scale = resize_matrix(found.grid.width / width, found.grid.height / height)
     whole = _scaled(corrected, scale, grid_size(found.grid))
@@ -295,6 +309,8 @@ def check_rasters(
 ) -> RasterCheck:
     """How far the contents of two rasters are apart that the map says are at one place.
 
+    An overlap of more than 3072 pixels a side is looked at with 2048 pixels a side.
+
     Args:
         matcher, vis, ir, vis_band, ir_band, nodata, max_displacement: as for `register_rasters`.
 
@@ -302,7 +318,7 @@ def check_rasters(
         `RasterCheck`, in pixels of the first raster's grid.
 
     Raises:
-        ImageError: as `register_rasters`, or an overlap of more than 3072 pixels a side.
+        ImageError: as `register_rasters`.
         KGLMatchError: a displacement out of range.
     """
     with opened(vis, ir, vis_band, ir_band, nodata) as (first, second):

@@ -210,13 +210,13 @@ def refine_levels(
     return _finish(last, chosen, correction, support)
 
 
-def best_start(vis: Image, ir: Image, starts: Sequence[Matrix]) -> Matrix | None:
+def best_start(vis: Image, ir: Image, starts: Sequence[Matrix], masks: Masks | None = None) -> Matrix | None:
     """The transform (3, 3) that the coarse structure of two images agrees with best; None of none."""
     if len(starts) < 2:
         return starts[0] if starts else None
 
     def coarse_vote(start: Matrix) -> float:
-        level = make_level(vis, ir, start, FIRST_SIDE, radius=10, across=9)
+        level = make_level(vis, ir, start, FIRST_SIDE, radius=10, across=9, masks=masks)
         return (
             -1.0
             if level is None
@@ -226,7 +226,9 @@ def best_start(vis: Image, ir: Image, starts: Sequence[Matrix]) -> Matrix | None
     return max(starts, key=coarse_vote)
 
 
-def coarse_fit(vis: Image, ir: Image, start: Matrix) -> tuple[Matrix, float] | None:
+def coarse_fit(
+    vis: Image, ir: Image, start: Matrix, masks: Masks | None = None
+) -> tuple[Matrix, float] | None:
     """The correction of a transform that coarse structure alone speaks for, and its support.
 
     A similarity at the coarsest level: where a sensor's fine structure is noise, more parameters and finer
@@ -235,24 +237,26 @@ def coarse_fit(vis: Image, ir: Image, start: Matrix) -> tuple[Matrix, float] | N
     Returns:
         (3, 3) from visible to ir pixels and mean held-out vote, or None if fewer than 8 windows are covered.
     """
-    level = make_level(vis, ir, start, FIRST_SIDE, radius=10, across=9)
+    level = make_level(vis, ir, start, FIRST_SIDE, radius=10, across=9, masks=masks)
     if level is None:
         return None
     correction, _ = _fit(level, ("similarity",), (2.0, 1.0))
     return level.full(correction), _held_out(level, "similarity", correction)
 
 
-def mean_vote(vis: Image, ir: Image, transform: Matrix) -> float | None:
+def mean_vote(vis: Image, ir: Image, transform: Matrix, masks: Masks | None = None) -> float | None:
     """How clearly the finest structure of two images agrees with a transform as it is: about 0 (not) to 3.
 
     Args:
         vis, ir: (H, W) float32 grey.
         transform: (3, 3) from visible to ir pixels.
+        masks: the pixels that count; None for all.
 
     Returns:
         mean over the windows, or None if fewer than 8 are covered by both images.
     """
-    level = make_level(vis, ir, transform, pyramid(max(vis.shape))[-1], radius=6, across=14)
+    side = pyramid(max(vis.shape))[-1]
+    level = make_level(vis, ir, transform, side, radius=6, across=14, masks=masks)
     return (
         None if level is None else float(votes(smooth(level.surfaces, 1.0), level.centres, np.eye(3)).mean())
     )

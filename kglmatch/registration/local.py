@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kglmatch.registration.displacement import DisplacementField, LocalCorrection
+from kglmatch.registration.masks import Masks, clear_of_edges
 from kglmatch.registration.structure import EDGE, Maps, structure_maps, without_edge
 from kglmatch.registration.surfaces import expand, peaks, smooth, standardise
 from kglmatch.resampling import displaced_places, resize_between, shrink, shrinking
@@ -82,9 +83,10 @@ class _Measured:
 class _Pair:
     """Two images and the transform between them, and their structure at the sizes that were asked for."""
 
-    def __init__(self, vis: Image, ir: Image, transform: Matrix) -> None:
-        self.vis, self.ir, self.transform = vis, ir, transform
+    def __init__(self, vis: Image, ir: Image, transform: Matrix, masks: Masks | None = None) -> None:
+        self.vis, self.ir, self.transform, self.masks = vis, ir, transform, masks
         self._levels: dict[int, tuple[Maps, Matrix, Image, Matrix]] = {}
+        self._clear: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
 
     @property
     def size(self) -> tuple[int, int]:
@@ -104,6 +106,17 @@ class _Pair:
                 resize_between(self.ir, small_ir),
             )
         return self._levels[side]
+
+    def clear(self, side: int) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """1 where the small visible image, and the small ir image, show data alone; None where all is."""
+        if self.masks is None:
+            return None
+        if side not in self._clear:
+            maps, _, ir, _ = self.level(side)
+            shapes = (self.masks.vis, maps.shape[1:]), (self.masks.ir, ir.shape)
+            vis_clear, ir_clear = (clear_of_edges(valid, shape) for valid, shape in shapes)
+            self._clear[side] = vis_clear, ir_clear
+        return self._clear[side]
 
     def measure(self, field: DisplacementField, step: _Pass) -> _Measured:
         """Surfaces of one round, about a field."""
@@ -126,11 +139,17 @@ class _Pair:
         moved = cv2.remap(ir, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         last_x, last_y = ir.shape[1] - 1 - EDGE, ir.shape[0] - 1 - EDGE
         inside = (x >= EDGE) & (y >= EDGE) & (x <= last_x) & (y <= last_y)
+        clear = self.clear(step.side)
+        if clear is not None:
+            inside &= cv2.remap(clear[1], x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) > 0.99
         mask = cv2.erode(inside.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=0).astype(np.float32)
+        both = mask
+        if clear is not None:
+            maps, both = maps * clear[0], mask * clear[0]
         centres, surfaces = correlate_everywhere(
             maps,
             structure_maps(moved) * mask,
-            mask,
+            both,
             spread=step.spread,
             radius=step.radius,
             every=every,
@@ -147,7 +166,7 @@ def correlate_everywhere(
 
     Args:
         a, b: (K, H, W).
-        mask: (H, W), where b has pixels.
+        mask: (H, W), where both have pixels.
         spread: pixels, standard deviation of a window.
         radius: displacements searched.
         every: also windows that are not covered; their surfaces are NaN.
@@ -315,14 +334,15 @@ def _evidence(surfaces: NDArray[np.float32], at: Matrix) -> tuple[Matrix, Matrix
     return weight[:, None, None] * information, weight[:, None] * gradients
 
 
-def correct(vis: Image, ir: Image, transform: Matrix) -> LocalCorrection:
+def correct(vis: Image, ir: Image, transform: Matrix, masks: Masks | None = None) -> LocalCorrection:
     """Fits the displacement that a transform leaves over, and decides whether to keep it.
 
     Args:
         vis, ir: (H, W) float32 grey.
         transform: (3, 3) from visible to ir pixels.
+        masks: the pixels that count; None for all.
     """
-    pair = _Pair(vis, ir, transform)
+    pair = _Pair(vis, ir, transform, masks)
     rounds = passes(max(pair.size))
     nothing = DisplacementField.zero(pair.size, cells_of(pair.size))
     first = pair.measure(nothing, rounds[0])

@@ -120,11 +120,16 @@ class Registration:
             displacement=self.displacement,
         )
 
-    def covered(self) -> NDArray[np.bool_]:
-        """(height, width) of the visible image: which of its pixels the other image covers."""
+    def covered(self, valid: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
+        """(height, width) of the visible image: which of its pixels the other image covers.
+
+        Args:
+            valid: (H, W), the pixels of the other image that count; None for all.
+        """
         if self.transform is None:
             return np.zeros(self.vis_size[::-1], bool)
-        valid = np.ones(self.ir_size[::-1], bool)
+        if valid is None:
+            valid = np.ones(self.ir_size[::-1], bool)
         return covered_by(self.transform, self.vis_size, valid, displacement=self.displacement)
 
     def to_dict(self) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def judge_proposal(
         for transform in candidates(proposal, limits.kind)
         if is_usable(transform, vis, ir) and within_limits(transform, vis, ir, limits)
     ]
-    start = best_start(vis, ir, starts)
+    start = best_start(vis, ir, starts, masks)
     alignment = None if start is None else refine(vis, ir, start, kind=limits.kind, masks=masks)
     if alignment is None:
         return None

@@ -19,10 +19,11 @@ from kglmatch.patch_matcher import PatchMatcher
 from kglmatch.registration.align import Alignment, best_start, coarse_fit, refine
 from kglmatch.registration.from_matches import align_by_matches
 from kglmatch.registration.limits import Limits
+from kglmatch.registration.masks import Masks
 from kglmatch.registration.proposals import Proposal, candidates, is_usable, transform_kind
 from kglmatch.registration.results import Registration
 from kglmatch.registration.verdict import judge, nothing_found
-from kglmatch.resampling import resample
+from kglmatch.resampling import covered_by, resample
 
 Image = NDArray[np.float32]
 Matrix = NDArray[np.float64]
@@ -42,14 +43,15 @@ def verify(
     *,
     kind: str = DEFAULT_KIND,
     refined: bool = False,
+    masks: Masks | None = None,
 ) -> Registration:
-    """`Matcher.verify` on grey images (H, W) in [0, 1]."""
+    """`Matcher.verify` on grey images (H, W) in [0, 1], of the pixels that count if not all do."""
     usable = [transform for transform in candidates(given, kind) if is_usable(transform, vis, ir)]
-    transform = best_start(vis, ir, usable)
-    reference = None if transform is None else _nearby(matcher, vis, ir, transform, kind, given.name)
+    transform = best_start(vis, ir, usable, masks)
+    reference = None if transform is None else _nearby(matcher, vis, ir, transform, kind, given.name, masks)
     if transform is None or reference is None:
         return nothing_found(vis, ir, given.name)
-    return reference if refined else as_given(transform, reference, coarse_fit(vis, ir, transform))
+    return reference if refined else as_given(transform, reference, coarse_fit(vis, ir, transform, masks))
 
 
 def as_given(
@@ -99,26 +101,37 @@ def _distance(transform: Matrix, other: Matrix, places: Matrix) -> float:
 
 
 def _nearby(
-    matcher: PatchMatcher, vis: Image, ir: Image, start: Matrix, kind: str, name: str
+    matcher: PatchMatcher,
+    vis: Image,
+    ir: Image,
+    start: Matrix,
+    kind: str,
+    name: str,
+    masks: Masks | None,
 ) -> Registration | None:
     """The registration that holds best around a transform; None where too little of the images overlaps."""
-    alignment = refine(vis, ir, start, kind=kind)
+    alignment = refine(vis, ir, start, kind=kind, masks=masks)
     if alignment is None:
         return None
-    found = judge(matcher, vis, ir, alignment, name)
+    found = judge(matcher, vis, ir, alignment, name, masks)
     if found.verdict == "registered":
         return found
-    by_matches = _by_matches(matcher, vis, ir, start, kind)
+    by_matches = _by_matches(matcher, vis, ir, start, kind, masks)
     if by_matches is None:
         return found
-    return max(found, judge(matcher, vis, ir, by_matches, name), key=lambda r: r.confidence)
+    return max(found, judge(matcher, vis, ir, by_matches, name, masks), key=lambda r: r.confidence)
 
 
-def _by_matches(matcher: PatchMatcher, vis: Image, ir: Image, start: Matrix, kind: str) -> Alignment | None:
+def _by_matches(
+    matcher: PatchMatcher, vis: Image, ir: Image, start: Matrix, kind: str, masks: Masks | None
+) -> Alignment | None:
     """What the network's matches agree on, once a transform has taken the ir image to the visible one."""
-    moved, _ = resample(ir, start, (vis.shape[1], vis.shape[0]), edge=1)
+    size = vis.shape[1], vis.shape[0]
+    moved, _ = resample(ir, start, size, edge=1)
+    if masks is not None:
+        masks = Masks(masks.vis, covered_by(start, size, masks.ir))
     limits = Limits(kind, max_rotation=_AROUND_ROTATION, max_scale=_AROUND_SCALE)
-    found = align_by_matches(matcher, vis, moved, limits)
+    found = align_by_matches(matcher, vis, moved, limits, masks)
     if found is None:
         return None
     transform = start @ found.transform
