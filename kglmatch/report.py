@@ -83,6 +83,7 @@ def save_report(
     model: str | None = None,
     command: Sequence[str] | None = None,
     pixel_size: float | None = None,
+    on_map: bool = False,
 ) -> None:
     """Writes a report that opens without a network: nothing in it refers to another file or address.
 
@@ -96,6 +97,7 @@ def save_report(
         model: that judged.
         command: the command line that wrote the report, as a list of arguments.
         pixel_size: ground size of a visible pixel in metres; lengths are then given in metres too.
+        on_map: whether the map put the other image onto the visible one's pixels, before the registration.
 
     Raises:
         KGLMatchError: a pixel size that is no number above 0.
@@ -104,7 +106,7 @@ def save_report(
     check_ending(path, REPORT, "a report")
     if pixel_size is not None and not 0 < pixel_size < float("inf"):
         raise KGLMatchError(f"pixel_size must be a number of metres above 0, got {pixel_size}")
-    text = _page(vis, ir, check, registration, names, model, command, pixel_size)
+    text = _page(vis, ir, check, registration, names, model, command, pixel_size, on_map)
     with atomic_output(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
 
@@ -118,6 +120,7 @@ def _page(
     model: str | None,
     command: Sequence[str] | None,
     pixel_size: float | None,
+    on_map: bool,
 ) -> str:
     verdict = registration.verdict if registration is not None else check.verdict if check else "failed"
     title = "Registration report" if registration is not None else "Check of a registration"
@@ -128,12 +131,12 @@ def _page(
         _cards(accuracy, check, pixel_size),
     ]
     if registration is None or registration.transform is not None:
-        parts.append(_pictures(vis, ir, registration, None if accuracy is None else check))
+        parts.append(_pictures(vis, ir, registration, None if accuracy is None else check, on_map))
     if check is not None and accuracy is not None:
         parts.append(_residuals(check, accuracy, pixel_size))
     if registration is not None and registration.transform is not None:
-        parts.append(_transform(registration, registration.transform))
-    parts.append(_provenance(vis, ir, names, model, command, pixel_size))
+        parts.append(_transform(registration, registration.transform, on_map))
+    parts.append(_provenance(vis, ir, names, model, command, pixel_size, on_map))
     return _TEMPLATE.format(
         title=_text(f"{title}: {Path(names[1]).name}"), style=_STYLE, body="\n".join(parts)
     )
@@ -235,7 +238,11 @@ def _metres(value: float | tuple[float, float], pixel_size: float | None, before
 
 
 def _pictures(
-    vis: Image, ir: Image, registration: Registration | None, check: RegistrationCheck | None
+    vis: Image,
+    ir: Image,
+    registration: Registration | None,
+    check: RegistrationCheck | None,
+    on_map: bool,
 ) -> str:
     found = None if registration is None else registration.transform
     transform = np.eye(3) if found is None else found
@@ -243,9 +250,8 @@ def _pictures(
     figures = []
     if registration is not None and vis.shape == ir.shape:
         before = draw_checkerboard(vis, ir, np.eye(3))
-        figures.append(
-            _figure(before, "Checkerboard before registration", "pixel on pixel, as the files are")
-        )
+        how = "where the map puts the other image" if on_map else "pixel on pixel, as the files are"
+        figures.append(_figure(before, "Checkerboard before registration", how))
     checkerboard = draw_checkerboard(vis, ir, transform, local=local)
     name = "Checkerboard" if registration is None else "Checkerboard after registration"
     figures.append(_figure(checkerboard, name, "edges continue from square to square where the two agree"))
@@ -394,7 +400,7 @@ def _scatter(check: RegistrationCheck, accuracy: Accuracy) -> str:
         f'<circle cx="{middle_x + x * scale:.1f}" cy="{middle_y + y * scale:.1f}" r="2.4" class="dot"/>'
         for x, y in moved[inside].tolist()
     )
-    tick = _nice(reach / 2)
+    tick = _nice(reach / 4)  # two of them, three or four, on each side of 0
     ticks = "".join(
         f'<path d="M{middle_x + v * scale:.1f} {top}v{side}M{left} {middle_y + v * scale:.1f}h{side}" '
         f'class="rule"/>'
@@ -416,7 +422,7 @@ def _nice(value: float) -> float:
     return float(next(r * power for r in (1, 2, 5, 10) if r * power >= value * (1 - 1e-9)))
 
 
-def _transform(registration: Registration, transform: NDArray[np.float64]) -> str:
+def _transform(registration: Registration, transform: NDArray[np.float64], on_map: bool) -> str:
     rows = "".join(
         "<tr>" + "".join(f"<td>{value:.8g}</td>" for value in row) + "</tr>" for row in transform.tolist()
     )
@@ -429,8 +435,9 @@ def _transform(registration: Registration, transform: NDArray[np.float64]) -> st
             f"{down} "
             f"cells, up to {local.largest():.2f} px. The file of <code>--save</code> holds it.</p>"
         )
+    pixels = "other pixels as the map puts them on the same grid" if on_map else "other pixels"
     return (
-        f"<section><h2>Transform</h2><p>{_text(registration.kind)}, from visible to other pixels "
+        f"<section><h2>Transform</h2><p>{_text(registration.kind)}, from visible to {_text(pixels)} "
         f"(the first pixel's centre is 0, 0):</p><table class='matrix'>{rows}</table>{more}</section>"
     )
 
@@ -442,10 +449,12 @@ def _provenance(
     model: str | None,
     command: Sequence[str] | None,
     pixel_size: float | None,
+    on_map: bool,
 ) -> str:
+    place = " on the grid of the visible image" if on_map else ""
     rows = [
         ("visible image", f"{names[0]}, {vis.shape[1]} x {vis.shape[0]}"),
-        ("other image", f"{names[1]}, {ir.shape[1]} x {ir.shape[0]}"),
+        ("other image", f"{names[1]}, {ir.shape[1]} x {ir.shape[0]}{place}"),
     ]
     if pixel_size is not None:
         rows.append(("ground size of a visible pixel", f"{pixel_size:g} m"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from kglmatch.errors import KGLMatchError, OutputError
 from kglmatch.images import load_image, read_image_raw
 from kglmatch.registration.evidence import save_residual_field, save_tie_points, tie_points_of
 from kglmatch.registration.files import MapFrame
-from kglmatch.report import accuracy_of, save_report
+from kglmatch.report import _scatter, accuracy_of, save_report
 
 VOID = {"meta", "img", "link", "br", "image", "path", "circle", "rect"}
 FRAME = MapFrame(np.array([[10.0, 0, 441335], [0, -10, 4174955]]), 32618)
@@ -85,6 +86,24 @@ def test_a_report_opens_without_a_network_and_gives_the_figures(tmp_path):
                  "Checkerboard before", "4 of 5 places", "similarity", "1.004"):  # fmt: skip
         assert part in page.text, part
     assert len(page.references) == 4
+
+
+def test_a_report_of_rasters_says_that_the_map_was_the_prior(tmp_path):
+    save_report(tmp_path / "m.html", IMAGE, IMAGE, checked(), registration=registered(), on_map=True)
+    text = check_page(tmp_path / "m.html").text
+    assert "where the map puts the other image" in text and "on the grid of the visible image" in text
+    assert "as the files are" not in text
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.11, 0.17, 0.23, 0.37, 1, 3, 8.5])
+def test_the_components_have_a_scale(factor):
+    """Ticks on either side of 0 on both axes, whatever the reach."""
+    check = checked()
+    check = dataclasses.replace(check, displacement=check.displacement * np.float32(factor))
+    accuracy = accuracy_of(check)
+    assert accuracy is not None
+    labels = re.findall(r'class="tick"[^>]*>(-?[\d.e-]+)<', _scatter(check, accuracy))
+    assert 6 <= len(labels) <= 18 and len(set(labels)) >= 3
 
 
 @pytest.mark.parametrize("judged", [True, False])

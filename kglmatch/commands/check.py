@@ -197,7 +197,8 @@ def _check_rasters(args: argparse.Namespace) -> Checked:
                 grid = result.grid.resized(small.image_size)
                 images = image, ir.on(grid)[0]
                 names = str(args.vis), str(args.ir)
-                writers += report_writer(args, images, names, small, pixel_size=grid.metres_per_pixel())
+                metres = grid.metres_per_pixel()
+                writers += report_writer(args, images, names, small, pixel_size=metres, on_map=True)
     return result.check, writers, matcher.device, seconds
 
 

@@ -95,6 +95,7 @@ def report_writer(
     check: RegistrationCheck | None,
     registration: Registration | None = None,
     pixel_size: float | None = None,
+    on_map: bool = False,
 ) -> Writers:
     """What writes the report; `pixel_size`, in metres, is that of these images."""
     from kglmatch.report import save_report
@@ -111,6 +112,7 @@ def report_writer(
                 model=args.model,
                 command=args.command_line,
                 pixel_size=args.pixel_size if pixel_size is None else pixel_size,
+                on_map=on_map,
             ),
         )
     ]

@@ -20,7 +20,7 @@ from kglmatch.commands.common import (
     say,
 )
 from kglmatch.commands.common_evidence import EVIDENCE, evidence_outputs, report_writer, table_writers
-from kglmatch.commands.common_rasters import files
+from kglmatch.commands.common_rasters import files, masked
 from kglmatch.options import DEFAULT_MAP_ROTATION, DEFAULT_MAP_SCALE
 
 if TYPE_CHECKING:
@@ -170,7 +170,8 @@ def _write(
         ]
     elif args.report is not None:
         images = preview(vis, ir, found)[:2]
-        writers += report_writer(args, images, (str(args.vis), str(args.ir[0])), None, found.registration)
+        names = str(args.vis), str(args.ir[0])
+        writers += report_writer(args, images, names, None, found.registration, on_map=True)
     writers.append((args.save, everything))
     written = []
     with atomic_outputs():
@@ -185,7 +186,7 @@ def _evidence(
     args: argparse.Namespace, matcher: Matcher, vis: Raster, ir: Raster, found: RasterRegistration
 ) -> list[tuple[Path | None, Callable[[Path], None]]]:
     """Report, tie points and residual field; the residuals are measured on what `preview` gives."""
-    from kglmatch.geo.register import preview
+    from kglmatch.geo.register import preview_with_data
     from kglmatch.registration.evidence import tie_points_of
     from kglmatch.registration.files import MapFrame
 
@@ -196,12 +197,13 @@ def _evidence(
     frame = MapFrame(found.grid.matrix[:2], found.grid.crs.to_epsg())
     if args.report is None and args.residual_field is None:
         return table_writers(args, points, None, frame)
-    vis_image, ir_image, small = preview(vis, ir, found)
-    check = matcher.check(vis_image, small.warp(ir_image))
+    (vis_image, vis_valid), (ir_image, ir_valid), small = preview_with_data(vis, ir, found)
+    warped = masked(small.warp(ir_image), small.covered(ir_valid))
+    check = matcher.check(masked(vis_image, vis_valid), warped)
     writers = table_writers(args, points, found.check_on_grid(check), frame)
     names = str(args.vis), str(args.ir[0])
     metres = found.grid.resized(small.vis_size).metres_per_pixel()
-    return writers + report_writer(args, (vis_image, ir_image), names, check, small, metres)
+    return writers + report_writer(args, (vis_image, ir_image), names, check, small, metres, True)
 
 
 def _pictures(

@@ -381,7 +381,8 @@ def _run_pair(
     seconds = time.perf_counter() - began
     check = None
     if found.transform is not None and (args.report or args.residual_field):
-        check = matcher.check(images[0], found.warp(inputs.greys[1]))
+        warped = masked(found.warp(inputs.greys[1]), found.covered(inputs.valid[1]))
+        check = matcher.check(images[0], warped)
     written = _write_pair(args, inputs, found, check)
     if args.json:
         facts = {"vis": str(args.vis), "ir": str(path), "model": args.model, "device": matcher.device}

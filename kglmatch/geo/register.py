@@ -261,14 +261,14 @@ def preview(
 
     The second one is where the map puts it, before the registration.
     """
-    (vis_image, _), (ir_image, _), small = _small_pair(vis, ir, found, side)
+    (vis_image, _), (ir_image, _), small = preview_with_data(vis, ir, found, side)
     return vis_image, ir_image, small
 
 
-def _small_pair(
-    vis: Raster, ir: Raster, found: RasterRegistration, side: int
+def preview_with_data(
+    vis: Raster, ir: Raster, found: RasterRegistration, side: int = _COARSE
 ) -> tuple[tuple[Image, Mask], tuple[Image, Mask], Registration]:
-    """`preview` with the pixels that hold data."""
+    """`preview`, each image with its pixels (H, W) that hold data."""
     grid = found.grid
     small = _coarse(grid, max(1.0, max(grid_size(grid)) / side))
     scale = resize_matrix(small.width / grid.width, small.height / grid.height)
@@ -288,7 +288,7 @@ def correct_rasters(
     """
     if found.registration.transform is None:
         return found
-    (vis_image, vis_valid), (ir_image, ir_valid), small = _small_pair(vis, ir, found, _COARSE)
+    (vis_image, vis_valid), (ir_image, ir_valid), small = preview_with_data(vis, ir, found)
     images = fill(vis_image, vis_valid), fill(ir_image, ir_valid)
     corrected = correct_locally(matcher, *images, small, Masks(vis_valid, ir_valid))
     width, height = corrected.vis_size
