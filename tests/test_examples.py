@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import os
 import re
 import runpy
@@ -167,6 +168,29 @@ def test_align_pairs_corrects_misregistered_pairs(run, tmp_path: Path, capsys):
         before, after = corner_error(np.eye(3), truth, size), corner_error(found, truth, size)
         assert after < 0.5, f"{pair.name}: {before:.2f} px before, {after:.2f} after"
     assert aligned[2].affine is None  # right as it was
+
+
+def test_plot_validation_draws_what_runs_reached(run, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    for name, steps, pairs in (("first", (10, 20), True), ("old", (30,), False)):
+        (tmp_path / name).mkdir()
+        records = [
+            {
+                "step": s,
+                "validation": {},
+                "sets": {"town": {"descriptor_fpr95": 9.0 / s, "metric_fpr95": 5.0 / s}},
+            }
+            | ({"pairs": 96 * s} if pairs else {})
+            for s in steps
+        ]
+        text = "".join(json.dumps(record) + "\n" for record in [{"step": 1, "total": 2.0}, *records])
+        (tmp_path / name / "log.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit, match="give --batch-size"):
+        run("training/plot_validation.py", "first", "old")
+    with pytest.raises(SystemExit, match="is not the folder of a run"):
+        run("training/plot_validation.py", "nowhere")
+    run("training/plot_validation.py", "first", "old", "--batch-size", 96, "-o", "curve.svg")
+    assert (tmp_path / "curve.svg").read_text("utf-8").count("<path") > 6
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

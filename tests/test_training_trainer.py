@@ -127,6 +127,7 @@ def test_a_run_writes_log_checkpoint_and_the_best_model(config, unbroken, data):
     def merit(figures):
         return sum(figures[f"{d}_fpr95"] + 100 * (1 - figures[f"{d}_auc"]) for d in ("descriptor", "metric"))
 
+    assert all(r["pairs"] == r["step"] * config.batch_size for r in validations)
     chosen = min(validations, key=lambda r: merit(r["validation"]))
     expected = {"step": chosen["step"], "merit": merit(chosen["validation"]), **chosen["validation"]}
     assert best == pytest.approx(expected)

@@ -295,7 +295,8 @@ class Trainer:
         if self.processes.is_first:
             net = self.averaged_net
             found = validate(net, self.validation)
-            self.folder.log({"step": self.step, "validation": found.mean, "sets": found.sets})
+            pairs = self.step * self.sampler.batch_size
+            self.folder.log({"step": self.step, "pairs": pairs, "validation": found.mean, "sets": found.sets})
             self._say(f"step {self.step}: {', '.join(f'{k} {v:.4g}' for k, v in found.mean.items())}")
             improved = self.best is None or found.merit < self.best["merit"]
             if improved:
