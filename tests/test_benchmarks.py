@@ -46,7 +46,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_none_is_left_out():
-    elsewhere = {"rig.py", "geo.py"}  # test_rig_benchmark.py, test_geo.py
+    # test_rig_benchmark.py, test_geo.py; the last one needs AROSICS, which cannot be installed everywhere
+    elsewhere = {"rig.py", "geo.py", "run_arosics.py"}
     tested = elsewhere | set(re.findall(r'run\(\s*"(\w+\.py)"', Path(__file__).read_text("utf-8")))
     assert tested == {path.name for path in BENCHMARKS.glob("*.py")}
     assert not [path for path in BENCHMARKS.rglob("*.*") if path.suffix not in (".py", ".pyc")]
@@ -122,6 +123,33 @@ def test_registration_by_known_shifts(run, pairs):
     run("registration.py", pairs, "--every", 2, "--shifts", "--save", "found.json")
     (error,) = json.loads(Path("found.json").read_text())["errors"]
     assert error < 0.3
+
+
+@pytest.mark.slow
+def test_maps(run, pairs):
+    """The map is wrong by a known shift, which all but the map itself find."""
+    pytest.importorskip("rasterio", reason="maps need the extra geo")
+    small = ("--limit", 1, "--truth", "set", "--displacements", 6, "--save", "rows.json")
+    printed = run("maps.py", pairs, *small)
+    rows = {row["method"]: row for row in json.loads(Path("rows.json").read_text())}
+    ours, uncorrected = rows.pop("kglmatch"), rows.pop("none: as the map says")
+    assert ours["error"] < 1 and ours["verdict"] == "registered" and 50 < ours["peak"] < 5000
+    assert 0 < uncorrected["error"] <= 6 and uncorrected["peak"] < ours["peak"]
+    assert rows and all(name.startswith("KLT") for name in rows)  # AROSICS is elsewhere
+    assert "1 pairs, 1 of them" in printed and "kglmatch calls 1 registered, 0 of which" in printed
+
+
+def test_what_arosics_says_becomes_a_transform(monkeypatch):
+    pytest.importorskip("rasterio", reason="maps need the extra geo")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    maps = runpy.run_path(str(BENCHMARKS / "maps.py"))
+    assert maps["from_arosics"]({"places": [], "shifts": []}, "affine") is None
+    # The map of the second raster is wrong by 3 pixels to the east and 2 to the south.
+    places = np.random.default_rng(0).uniform(0, 5000, (40, 2)) * [1, -1] + maps["CORNER"]
+    shifts = np.tile([-30.0, 20.0], (40, 1))
+    for kind in ("translation", "affine"):
+        found = maps["from_arosics"]({"places": places.tolist(), "shifts": shifts.tolist()}, kind)
+        np.testing.assert_allclose(found, [[1, 0, 3], [0, 1, 2], [0, 0, 1]], atol=1e-6)
 
 
 @pytest.mark.slow
