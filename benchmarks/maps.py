@@ -14,8 +14,8 @@ by no second method count in no share. `--truth set` takes the set's word instea
 
 AROSICS (https://pypi.org/project/arosics) needs GDAL; it runs in a Python that has both, such as a virtual
 environment with `--system-site-packages` next to Debian's python3-gdal (with GDAL 3.6: arosics 1.10.2,
-geoarray 0.16.1, py_tools_ds 0.21.1, installed by `pip install --no-deps`, and what they import). It finds a shift in one
-window ("global"), or in many, which become one shift or affine ("local"). "KLT" follows the published
+geoarray 0.16.1, py_tools_ds 0.21.1, by `pip install --no-deps`, and what they import). It finds a shift in
+one window ("global"), or in many, which become one shift or affine ("local"). "KLT" follows the published
 description of KARIOS: corners (Shi and Tomasi) of the Laplacians of both images are tracked (Lucas and
 Kanade) there and back; with "phase", the phase correlation of the whole images is the start. The settings are
 the best of those in `SETTINGS` on training pairs: VIS-NIR Country and Sentinel train. Every method runs in a
