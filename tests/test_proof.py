@@ -430,7 +430,7 @@ def test_a_fit_is_written_into_the_model(modules, tmp_path, monkeypatch):
         calibration.write_into_models(curves, {"vis-nir": "kglnet-vis-nir"})
 
 
-def test_a_fit_that_does_not_help_on_pairs_left_out_is_not_kept(modules, tmp_path):
+def test_a_fit_that_does_not_help_on_pairs_left_out_is_not_kept(modules, tmp_path, capsys):
     import calibration
 
     facts = {"set": "vis-nir", "strength": "small", "agreement": 1.0, "num_matches": 0}
@@ -440,8 +440,10 @@ def test_a_fit_that_does_not_help_on_pairs_left_out_is_not_kept(modules, tmp_pat
         {**facts, "pair": str(n), "support": 3 + rng.uniform(), "error": 0.1, "contender": "kglmatch"}
         for n in range(30)
     ]
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = [{**row, "set": "vis-sar"} for row in rows[:9]]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + few))
     assert calibration.fit(tmp_path) == {}
+    assert "vis-sar: not fitted: a fit needs the evidence of 20 registrations" in capsys.readouterr().out
 
 
 def test_a_report_takes_the_confidence_of_today(modules, tmp_path):

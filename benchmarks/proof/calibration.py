@@ -32,8 +32,12 @@ def fit(out: Path) -> dict[str, Curve]:
         measured = np.array([evidence(*one) for one in found])
         right = np.array([r["error"] is not None and r["error"] <= RIGHT for r in own])
         before = brier_score(np.array([confidence(*one) for one in found]), right)
-        after = brier_score(held_out(measured, right, np.array([row["pair"] for row in own])), right)
-        curve = fit_confidence(measured, right)
+        try:
+            curve = fit_confidence(measured, right)
+            after = brier_score(held_out(measured, right, np.array([row["pair"] for row in own])), right)
+        except KGLMatchError as error:
+            print(f"{set_name}: not fitted: {error}")
+            continue
         print(
             f"{set_name}: {len(own)} registrations, {right.sum()} within {RIGHT:g} px; Brier score on pairs "
             f"left out {before:.3f} without, {after:.3f} with: {curve if after < before else 'not kept'}"
