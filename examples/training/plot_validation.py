@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("validation.svg"))
     parser.add_argument("--batch-size", type=int, help="of runs whose log has no pairs")
     args = parser.parse_args()
+    import matplotlib
     from matplotlib.figure import Figure
 
     try:
@@ -73,7 +74,8 @@ def main() -> None:
     axes.set(xlabel="thousand pairs seen", ylabel="FPR95 on validation images, %", yscale="log")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
-    figure.savefig(args.output)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "validation"}):
+        figure.savefig(args.output, metadata={"Date": None} if args.output.suffix == ".svg" else None)
     print(f"wrote {args.output}")
 
 
