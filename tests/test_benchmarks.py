@@ -101,28 +101,11 @@ def test_patch_geometry(run, pairs):
     assert 0 < right <= matches
 
 
-def test_registration(run, pairs):
-    printed = run(
-        "registration.py", pairs, "--every", 2, "--warp", "shift", "--repeat", "--save", "found.json"
-    )
-    found = json.loads(Path("found.json").read_text())
-    assert found["verdicts"] == ["registered"]
-    assert found["errors"]["kglmatch"][0] < 2 and found["repeated"]["kglmatch"][0] < 2
-    assert {"sift", "orb", "ecc"} <= set(found["errors"])
-    assert "1 pairs; share with a mean corner error" in printed
-
-
-def test_registration_of_unrelated_pairs(run, pairs):
-    run("registration.py", pairs, "--unrelated", 1, "--save", "found.json")
-    ((verdict, support, agreement, _),) = json.loads(Path("found.json").read_text())["results"]
-    assert verdict != "registered"
-    assert support < 0.3 and agreement < 1
-
-
-def test_registration_by_known_shifts(run, pairs):
-    run("registration.py", pairs, "--every", 2, "--shifts", "--save", "found.json")
+def test_check_by_known_shifts(run, pairs):
+    printed = run("check.py", pairs, "--every", 2, "--save", "found.json")
     (error,) = json.loads(Path("found.json").read_text())["errors"]
     assert error < 0.3
+    assert printed.splitlines()[-1] == f"1 of 1 judged; median error {error:.3f} px"
 
 
 @pytest.mark.slow

@@ -357,7 +357,7 @@ def draw_reliability(pyplot: Any, rows: list[Row]) -> Any:
     if not bins:
         return None
     figure, axis = pyplot.subplots(figsize=(5, 4.6), layout="constrained")
-    axis.plot([0.5, 1], [50, 100], color="0.6", linestyle=":", label="as said")
+    axis.plot([0.5, 1], [50, 100], color="0.6", linestyle=":", label="ideal")
     shares = np.array([100 * part.share for part in bins])
     bounds = 100 * np.array([part.interval for part in bins]).T
     x = [part.confidence for part in bins]

@@ -57,7 +57,7 @@ _JUDGED_SHARE = 0.05
 _INLIER_VOTE, _INLIER_RESIDUAL = 0.5, 2.0  # vote of a window; pixels
 # One witness may be weaker where the other is strong: their evidence is `agreement + 1.5 * support`. It
 # and each witness alone must reach these. Set on pairs of the training folders and of RoadScene, related
-# and not (`benchmarks/registration.py --unrelated`).
+# and not.
 _SUPPORT_WEIGHT = 1.5
 _LEAST_AGREEMENT = 0.62
 _DOUBTFUL, _REGISTERED = 1.0, 1.1
