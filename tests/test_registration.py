@@ -331,3 +331,41 @@ def test_a_strong_witness_helps_a_weaker_one():
 def test_confidence_and_verdict_agree(support, agreed):
     registered = judge.give_verdict(support, agreed) == "registered"
     assert registered == (judge.confidence(support, agreed) >= 0.5)
+
+
+@pytest.mark.parametrize("kind", ["translation", "similarity"])
+def test_the_kind_that_was_asked_for_comes_out(scene, kind):
+    """Whatever the images are related by; here, by shear and turn as well."""
+    true = np.array([[1.005, 0.015, 4], [-0.005, 0.995, -3], [0, 0, 1]])
+    moved = cv2.warpPerspective(scene, true, (scene.shape[1], scene.shape[0]))
+    noise = np.random.default_rng(0).normal(0, 0.02, scene.shape).astype(np.float32)
+    found = registration.align(scene, other_sensor(moved) + noise, Limits(kind=kind))[0]
+    (a, b), (c, d) = found.transform[:2, :2]
+    assert found.kind == kind
+    assert (a, b) == (pytest.approx(d, abs=1e-4), pytest.approx(-c, abs=1e-4))
+    if kind == "translation":
+        assert (a, b) == (pytest.approx(1), pytest.approx(0))
+
+
+@pytest.mark.parametrize("kind", ["translation", "similarity"])
+def test_no_start_is_more_general_than_the_kind(kind):
+    """Peaks of windows that a shear has moved."""
+    x, y = np.meshgrid(np.arange(40, 300, 40), np.arange(40, 260, 40))
+    centres = np.stack([x.ravel(), y.ravel()], axis=1).astype(np.float64)
+    shear = np.array([[1, 0.03, -2], [0, 1.01, 1]])
+    at = centres @ shear[:, :2].T + shear[:, 2] - centres
+    found = surfaces.starting_points(
+        surfaces.standardise(np.stack([bump(place) for place in at])), centres, kind, tolerance=1.5
+    )
+    assert len(found) == (2 if kind == "translation" else 3)
+    for transform in found:
+        (a, b), (c, d) = transform[:2, :2]
+        assert (a, b) == (pytest.approx(d), pytest.approx(-c))
+        assert kind == "similarity" or (a, b) == (1, 0)
+    assert len(surfaces.starting_points(np.stack([bump(p) for p in at]) * 8, centres, "affine", 1.5)) == 4
+
+
+def test_limits_of_no_turn_and_one_scale_are_kept_by_the_search(scene):
+    turned = cv2.warpAffine(scene, np.array([[1.02, 0.02, 3.0], [-0.02, 1.02, 2.0]]), scene.shape[::-1])
+    for start in coarse.search(scene, other_sensor(turned), Limits(max_rotation=0, max_scale=1)):
+        np.testing.assert_allclose(start[:2, :2], np.eye(2), atol=1e-9)

@@ -432,7 +432,7 @@ def _fit(level: Level, kinds: Sequence[TransformKind], sigmas: Sequence[float]) 
     """The best supported correction of a level, and its mean vote."""
     blurred = [smooth(level.surfaces, sigma) for sigma in sigmas]
     best, best_vote = np.eye(3), -1.0
-    starts = starting_points(level.surfaces, level.centres, tolerance=1.5)
+    starts = starting_points(level.surfaces, level.centres, kinds[-1], tolerance=1.5)
     starts.sort(key=lambda start: -float(votes(blurred[0], level.centres, start).sum()))
     for start in starts[:_STARTS]:
         correction = start

@@ -52,7 +52,8 @@ def search(vis: Image, ir: Image, limits: Limits, masks: Masks | None = None) ->
         hypotheses = [(r, s) for _, r, s in screened]
     grid = sorted(correlation.try_all(hypotheses), reverse=True)
     turn = _ROTATION if len(rotations) > 1 else 0.0
-    found = [_climb(correlation, start, turn) for start in _apart(grid)]
+    zoom = _SCALE if len(steps) > 1 else 0.0
+    found = [_climb(correlation, start, turn, zoom) for start in _apart(grid)]
     return [correlation.transform(r, s) for _, r, s in sorted(found, key=lambda tried: -tried[0])]
 
 
@@ -155,9 +156,9 @@ def _apart(grid: list[Tried]) -> list[Tried]:
     return kept
 
 
-def _climb(correlation: _Correlation, start: Tried, turn: float) -> Tried:
-    """The best hypothesis around one of the grid, by steps that are halved; `turn` 0 keeps the rotation."""
-    best, zoom = start, _SCALE
+def _climb(correlation: _Correlation, start: Tried, turn: float, zoom: float) -> Tried:
+    """The best hypothesis around one of the grid, by steps that are halved; 0 keeps rotation or scale."""
+    best = start
     for _ in range(_HALVINGS):
         turn, zoom = turn / 2, zoom / 2
         around = [(best[1] + i * turn, best[2] + j * zoom) for i in (-1, 0, 1) for j in (-1, 0, 1)]

@@ -203,12 +203,17 @@ def _at_least_convex(hessians: Matrix) -> Matrix:
     return np.asarray(mapped)
 
 
-def starting_points(surfaces: Surfaces, centres: Matrix, tolerance: float) -> list[Matrix]:
+def starting_points(
+    surfaces: Surfaces, centres: Matrix, kind: TransformKind, tolerance: float
+) -> list[Matrix]:
     """Transforms worth climbing from: none, the common shift, and what RANSAC makes of the peaks.
+
+    Climbing only adds what its kind of transform allows, so that none of these is of a more general one.
 
     Args:
         surfaces: standardised, (P, S, S).
         centres: (P, 2).
+        kind: the most general transform that may come out.
         tolerance: pixels, of RANSAC.
     """
     middle = surfaces.shape[1] // 2
@@ -217,11 +222,14 @@ def starting_points(surfaces: Surfaces, centres: Matrix, tolerance: float) -> li
     shift = np.eye(3)
     shift[:2, 2] = x - middle, y - middle
     found = [np.eye(3), shift]
+    if kind == "translation":
+        return found
     displacement, values = peaks(surfaces)
     clear = values > _AGREEMENT + 0.5
     if clear.sum() >= 6:
         a, b = centres[clear], (centres + displacement)[clear]
-        for estimate in (cv2.estimateAffine2D, cv2.estimateAffinePartial2D):
+        similar, general = cv2.estimateAffinePartial2D, cv2.estimateAffine2D
+        for estimate in (similar,) if kind == "similarity" else (general, similar):
             cv2.setRNGSeed(0)
             affine, _ = estimate(a, b, method=cv2.RANSAC, ransacReprojThreshold=tolerance, maxIters=3000)
             if affine is not None and np.isfinite(affine).all():
