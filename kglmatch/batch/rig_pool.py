@@ -161,9 +161,7 @@ def fit(pool: Pool, kinds: Sequence[TransformKind], sigmas: Sequence[float]) -> 
     level = pool.level
     blurred = [smooth(level.surfaces, sigma) for sigma in sigmas]
     many = len(level.centres) > _MAX_STARTS
-    starts = [np.eye(3)] if many else starting_points(
-        level.surfaces, level.centres, kinds[-1], tolerance=1.5
-    )
+    starts = [np.eye(3)] if many else starting_points(level.surfaces, level.centres, kinds[-1], tolerance=1.5)
     best, best_votes = np.eye(3), np.full(len(level.centres), -1.0)
     for start in starts:
         correction = start
