@@ -27,10 +27,9 @@ from typing import Any
 
 import cv2
 import numpy as np
-from registration import pairs_of
 
 from kglmatch import Matcher
-from kglmatch.datasets import ImagePair
+from kglmatch.datasets import ImagePair, find_image_pairs
 from kglmatch.geometry import similarity_about, transform_points
 from kglmatch.images import load_image
 from kglmatch.keypoints import DETECTORS, detect_keypoints
@@ -39,6 +38,15 @@ from kglmatch.patches import extract_patches
 Image = np.ndarray
 RIGHT = 3.0  # pixels
 PRIOR = 16.0  # pixels
+
+
+def pairs_of(source: Path) -> list[ImagePair]:
+    """Pairs of a folder, or of the folders in it that hold pairs with a known affine."""
+    try:
+        return find_image_pairs(source)
+    except ValueError:
+        inner = [folder for folder in sorted(source.iterdir()) if folder.is_dir()]
+        return [pair for folder in inner for pair in find_image_pairs(folder) if pair.affine is not None]
 
 
 def chosen_pairs(data: Path, which: str) -> list[ImagePair]:
