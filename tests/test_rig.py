@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 
 import cv2
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 import tifffile
 from conftest import other_sensor, texture
 
+import kglmatch.batch.rig
 from kglmatch.batch.captures import Capture, Moment
-from kglmatch.batch.rig import calibrate_rig, find_trend, objection, spread
+from kglmatch.batch.rig import Flight, calibrate_rig, find_trend, objection, spread
 from kglmatch.batch.rig_apply import apply_rig
 from kglmatch.batch.rig_check import check_rig, draw_check
 from kglmatch.batch.rig_pool import _clearly_more, own_shift, refine_capture
@@ -89,6 +91,22 @@ def test_captures_that_cannot_be_used_are_named(rig):
     assert rig.problems["lacking"] == "has no band 3"
     assert rig.problems["small"] == "band 1 is 256 x 100, where band 1 of the others is 256 x 208"
     assert "missing.tif" in rig.problems["damaged"]
+
+
+def test_between_sizes_that_are_as_common_the_first_capture_decides(monkeypatch):
+    """Whichever thread is done first: in its order a rig would differ from run to run."""
+    captures = [
+        Capture(name, {band: np.zeros((side, 64)) for band in "12"}) for name, side in (("a", 80), ("b", 64))
+    ]
+    read = kglmatch.batch.rig.image_size
+
+    def slowly(image):
+        time.sleep(0.2 if len(image) == 80 else 0)
+        return read(image)
+
+    monkeypatch.setattr(kglmatch.batch.rig, "image_size", slowly)
+    flight = Flight(captures, "1", workers=2, progress=False)
+    assert flight.sizes == {"1": (64, 80), "2": (64, 80)}
 
 
 def test_a_flight_of_which_half_is_sky_is_calibrated_from_the_rest(rig):

@@ -175,7 +175,8 @@ class Flight:
                 threads.map(lambda capture: read_moment(capture.bands.get(reference)), captures)
             )
         for band in band_names(captures):
-            known = [size for (_, of), size in self._sizes.items() if of == band]
+            # In the order of the captures, not of the threads: it decides between sizes that are as common.
+            known = [size for c in captures if (size := self._sizes.get((c.name, band))) is not None]
             if not known:
                 raise DataError(f"no image of band {band} can be read: {next(iter(self.problems.values()))}")
             self.sizes[band] = common_size(known)
