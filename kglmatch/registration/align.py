@@ -369,10 +369,8 @@ class Copies:
         Returns:
             the level, or None if fewer than 8 windows are covered by both images.
         """
-        maps, valid_vis, to_level = self._visible_at(side)
-        # The other image is shrunk by what the transform will not shrink, so that nothing aliases.
-        zoom = float(np.sqrt(abs(np.linalg.det(transform[:2, :2]))))
-        small_ir = self._other_at(min(1.0, shrinking(self.vis, side, _LEAST_SIDE) / max(zoom, 1e-3)))
+        maps, valid_vis, to_level = self.visible_at(side)
+        small_ir = self.other_for(side, transform)
         to_small_ir = resize_between(self.ir, small_ir)
         size = maps.shape[2], maps.shape[1]
         predicted = transform @ np.linalg.inv(to_level)
@@ -388,8 +386,8 @@ class Copies:
         surfaces = correlate_windows(maps, structure_maps(moved) * mask, centres, size=window, radius=radius)
         return Level(centres.astype(np.float64), standardise(surfaces), to_level, predicted)
 
-    def _visible_at(self, side: int) -> tuple[Maps, NDArray[np.float32] | None, Matrix]:
-        """Structure of the visible image, where it counts (None: everywhere), and (3, 3) to it."""
+    def visible_at(self, side: int) -> tuple[Maps, NDArray[np.float32] | None, Matrix]:
+        """Structure of the visible image shrunk to a side, where that counts (None: all), (3, 3) to it."""
         if side not in self._visible:
             small = shrink(self.vis, shrinking(self.vis, side, _LEAST_SIDE))
             maps, valid = without_edge(structure_maps(small)), None
@@ -399,7 +397,13 @@ class Copies:
             self._visible[side] = maps, valid, resize_between(self.vis, small)
         return self._visible[side]
 
-    def _other_at(self, factor: float) -> Image:
+    def other_for(self, side: int, transform: Matrix) -> Image:
+        """The other image, shrunk for a side of the visible one by what the transform does not shrink.
+
+        Thus nothing aliases when it is resampled.
+        """
+        zoom = float(np.sqrt(abs(np.linalg.det(transform[:2, :2]))))
+        factor = min(1.0, shrinking(self.vis, side, _LEAST_SIDE) / max(zoom, 1e-3))
         key = round(float(np.log(factor)) * 64)  # a copy that is 1 % larger does as well
         if key not in self._other:
             self._other[key] = shrink(self.ir, factor)

@@ -19,16 +19,16 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from kglmatch.registration.align import Copies
 from kglmatch.registration.displacement import DisplacementField, LocalCorrection
 from kglmatch.registration.masks import Masks, clear_of_edges
-from kglmatch.registration.structure import EDGE, Maps, structure_maps, without_edge
+from kglmatch.registration.structure import EDGE, Maps, structure_maps
 from kglmatch.registration.surfaces import expand, peaks, smooth, standardise
-from kglmatch.resampling import displaced_places, resize_between, shrink, shrinking
+from kglmatch.resampling import displaced_places, resize_between
 
 Image = NDArray[np.float32]
 Matrix = NDArray[np.float64]
 
-_LEAST_SIDE = 64  # pixels that the shorter side of a strip keeps
 _COVERED = 0.7  # of a window
 _MIN_WINDOWS = 12
 _CELL = 40.0  # pixels of the visible image, at least, between control points
@@ -81,42 +81,20 @@ class _Measured:
 
 
 class _Pair:
-    """Two images and the transform between them, and their structure at the sizes that were asked for."""
+    """Two images and the transform between them."""
 
     def __init__(self, vis: Image, ir: Image, transform: Matrix, masks: Masks | None = None) -> None:
-        self.vis, self.ir, self.transform, self.masks = vis, ir, transform, masks
-        self._levels: dict[int, tuple[Maps, Matrix, Image, Matrix]] = {}
-        self._clear: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        self.copies, self.transform = Copies(vis, ir, masks), transform
+        self.size = vis.shape[1], vis.shape[0]
+        self._clear: dict[tuple[int, ...], NDArray[np.float32]] = {}
 
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.vis.shape[1], self.vis.shape[0]
-
-    def level(self, side: int) -> tuple[Maps, Matrix, Image, Matrix]:
-        """Maps of the small visible image, (3, 3) to it; the small ir image, (3, 3) to it."""
-        if side not in self._levels:
-            factor = shrinking(self.vis, side, _LEAST_SIDE)
-            small = shrink(self.vis, factor)
-            zoom = float(np.sqrt(abs(np.linalg.det(self.transform[:2, :2]))))
-            small_ir = shrink(self.ir, min(1.0, factor / max(zoom, 1e-3)))
-            self._levels[side] = (
-                without_edge(structure_maps(small)),
-                resize_between(self.vis, small),
-                small_ir,
-                resize_between(self.ir, small_ir),
-            )
-        return self._levels[side]
-
-    def clear(self, side: int) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-        """1 where the small visible image, and the small ir image, show data alone; None where all is."""
-        if self.masks is None:
+    def _ir_clear(self, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
+        """1 where the ir image, shrunk to (H, W), shows data alone; None where all does."""
+        if self.copies.masks is None:
             return None
-        if side not in self._clear:
-            maps, _, ir, _ = self.level(side)
-            shapes = (self.masks.vis, maps.shape[1:]), (self.masks.ir, ir.shape)
-            vis_clear, ir_clear = (clear_of_edges(valid, shape) for valid, shape in shapes)
-            self._clear[side] = vis_clear, ir_clear
-        return self._clear[side]
+        if shape not in self._clear:
+            self._clear[shape] = clear_of_edges(self.copies.masks.ir, shape)
+        return self._clear[shape]
 
     def measure(self, field: DisplacementField, step: _Pass) -> _Measured:
         """Surfaces of one round, about a field."""
@@ -131,21 +109,20 @@ class _Pair:
     def _correlate(
         self, field: DisplacementField, step: _Pass, *, every: bool = False
     ) -> tuple[Matrix, float, NDArray[np.float32]]:
-        maps, to_small, ir, to_ir = self.level(step.side)
+        maps, vis_clear, to_small = self.copies.visible_at(step.side)
+        ir = self.copies.other_for(step.side, self.transform)
+        ir_clear = self._ir_clear(ir.shape)
         height, width = maps.shape[1:]
-        transform = to_ir @ self.transform @ np.linalg.inv(to_small)
+        transform = resize_between(self.copies.ir, ir) @ self.transform @ np.linalg.inv(to_small)
         x, y = displaced_places(transform, field.resized((width, height)).on_grid, (0, 0), (width, height))
         x, y = x.astype(np.float32), y.astype(np.float32)
         moved = cv2.remap(ir, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         last_x, last_y = ir.shape[1] - 1 - EDGE, ir.shape[0] - 1 - EDGE
         inside = (x >= EDGE) & (y >= EDGE) & (x <= last_x) & (y <= last_y)
-        clear = self.clear(step.side)
-        if clear is not None:
-            inside &= cv2.remap(clear[1], x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) > 0.99
+        if ir_clear is not None:
+            inside &= cv2.remap(ir_clear, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) > 0.99
         mask = cv2.erode(inside.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=0).astype(np.float32)
-        both = mask
-        if clear is not None:
-            maps, both = maps * clear[0], mask * clear[0]
+        both = mask if vis_clear is None else mask * vis_clear
         centres, surfaces = correlate_everywhere(
             maps,
             structure_maps(moved) * mask,
