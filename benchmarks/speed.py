@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                                  # the example pair
     python benchmarks/speed.py VIS IR --model kglnet-vis-lwir   # a pair of yours
+    python benchmarks/speed.py --model kglnet-vis-nir kglnet-vis-nir-lite --backend torch onnx
     python benchmarks/speed.py --rounds 1 --baselines SIFT      # to see that it runs
     OMP_NUM_THREADS=1 python benchmarks/speed.py --threads 1    # one core, by its processor time
 
@@ -14,6 +15,8 @@ The rates of a matrix product and of a copy are the machine's, measured in the s
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import statistics
 import sys
@@ -28,7 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent / "proof"))
 import contenders
 
-from kglmatch import Matcher, load_image
+from kglmatch import Matcher, extract_patches, load_image
 from kglmatch.errors import KGLMatchError
 from kglmatch.models.cost import cost
 
@@ -59,14 +62,23 @@ def machine() -> tuple[float, float]:
     return MATRIX**3 / product, COPIED / copy
 
 
-def ours(matcher: Matcher, vis: np.ndarray, ir: np.ndarray, keypoints: int) -> dict[str, Contender]:
+def ours(
+    matcher: Matcher, vis: np.ndarray, ir: np.ndarray, keypoints: int, called: str
+) -> dict[str, Contender]:
+    """What a matcher does with the pair, and its parts; each name ends with what the matcher is called."""
     runs: dict[str, Contender] = {
         name: lambda limits=limits: matcher.register(vis, ir, **limits) for name, limits in LIMITS.items()
     }
     runs[f"match_images, {keypoints} keypoints"] = lambda: matcher.match_images(
         vis, ir, max_keypoints=keypoints
     )
-    return runs
+    features = matcher.extract(vis, "vis", max_keypoints=keypoints)
+    patches = extract_patches(vis, features.keypoints, patch_size=matcher.config.patch_size)
+    runs[f"describe {len(patches)} patches"] = lambda: matcher.describe(patches, "vis")
+    runs[f"score {len(patches)} pairs"] = lambda: matcher.score(
+        features, dataclasses.replace(features, modality="ir")
+    )
+    return {name + called: run for name, run in runs.items()}
 
 
 def baselines(names: list[str], vis: np.ndarray, ir: np.ndarray) -> tuple[dict[str, Contender], list[str]]:
@@ -89,8 +101,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("vis", nargs="?", type=Path, default=DATA / "sentinel2_red.tif")
     parser.add_argument("ir", nargs="?", type=Path, default=DATA / "sentinel2_nir.tif")
-    parser.add_argument("--model", default="kglnet-vis-nir")
-    parser.add_argument("--backend", default="torch")
+    parser.add_argument("--model", nargs="+", default=["kglnet-vis-nir"])
+    parser.add_argument("--backend", nargs="+", default=["torch"], help="each model is run by each")
     parser.add_argument("--max-keypoints", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of OpenCV (default: all cores)")
@@ -100,11 +112,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     try:
-        matcher = Matcher.from_pretrained(args.model, backend=args.backend)
         vis, ir = load_image(args.vis), load_image(args.ir)
+        runs: dict[str, Contender] = {}
+        macs = {}
+        for model, backend in itertools.product(args.model, args.backend):
+            matcher = Matcher.from_pretrained(model, backend=backend)
+            macs[model] = cost(matcher.config).descriptor_and_map
+            alone = len(args.model) * len(args.backend) == 1
+            runs |= ours(matcher, vis, ir, args.max_keypoints, "" if alone else f" ({model}, {backend})")
     except KGLMatchError as error:
         raise SystemExit(str(error)) from error
-    runs = ours(matcher, vis, ir, args.max_keypoints)
     others, missing = baselines(args.baselines, vis, ir)
     runs |= others
     cv2.setNumThreads(cv2.getNumberOfCPUs() if args.threads is None else args.threads)
@@ -122,12 +139,13 @@ def main() -> None:
         print(json.dumps({"wall": wall, "cpu": cpu, "product": product, "copy": copy, "missing": missing}))
         return
     size = " and ".join(f"{image.shape[1]} x {image.shape[0]}" for image in (vis, ir))
-    patch = cost(matcher.config).descriptor_and_map / 1e6
-    print(f"{args.model}, {patch:.0f} million multiply-adds a patch; images of {size} pixels")
-    print(f"{'':44s} {'wall s':>8s} {'CPU s':>8s} {'to ' + REFERENCE:>8s}")
+    for model, patch in macs.items():
+        print(f"{model}: {patch / 1e6:.0f} million multiply-adds a patch")
+    width = max(map(len, runs))
+    print(f"{f'Images of {size} pixels':{width}s} {'wall s':>8s} {'CPU s':>8s} {'to ' + REFERENCE:>8s}")
     for name in runs:
         ratio = f"{cpu[name] / cpu[REFERENCE]:8.2f}" if REFERENCE in cpu else ""
-        print(f"{name:44s} {wall[name]:8.2f} {cpu[name]:8.2f} {ratio}")
+        print(f"{name:{width}s} {wall[name]:8.2f} {cpu[name]:8.2f} {ratio}")
     print(f"This machine: {product / 1e9:.1f} billion multiply-adds a second, {copy / 1e9:.1f} GB/s copied")
     for line in missing:
         print(line)

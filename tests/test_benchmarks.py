@@ -203,12 +203,14 @@ def test_start(run):
 def test_speed(run, matcher, pairs, tmp_path):
     matcher.save_pretrained(tmp_path / "model")
     pair = pairs / "0000_rgb.png", pairs / "0000_nir.png"
-    arguments = ("--model", tmp_path / "model", "--rounds", 1, "--max-keypoints", 50, "--json")
-    report = json.loads(run("speed.py", *pair, *arguments, "--baselines", "SIFT", "nobody"))
+    arguments = ("--rounds", 1, "--max-keypoints", 50, "--json", "--baselines", "SIFT", "nobody")
+    report = json.loads(run("speed.py", *pair, "--model", tmp_path / "model", *arguments))
     assert report["product"] > 1e8 and report["copy"] > 1e7
     names = {"register", "register, any rotation", "match_images, 50 keypoints", "SIFT"}
     assert names <= report["cpu"].keys() == report["wall"].keys()
     assert all(seconds > 0 for clock in ("cpu", "wall") for seconds in report[clock].values())
     narrow, wide = (report["cpu"][name] for name in ("register", "register, any rotation and a factor of 2"))
     assert wide > narrow
+    assert any(name.startswith("describe ") for name in report["cpu"])
+    assert any(name.startswith("score ") for name in report["cpu"])
     assert len(report["missing"]) == 1 and "'nobody'" in report["missing"][0]
