@@ -223,6 +223,37 @@ def test_a_light_network_learns_from_a_teacher(config, unbroken, tmp_path):
         )
 
 
+def test_a_teacher_is_asked_once_where_batches_come_again(config, unbroken, tmp_path, monkeypatch):
+    taught = dataclasses.replace(
+        config, teacher=str(unbroken[0] / "model"), distinct_batches=3, steps=8, checkpoint_every=5
+    )
+    asked = []
+    ask = trainer_module.ask
+
+    def counted(teacher, batch, config):
+        asked.append(batch.vis.clone())
+        return ask(teacher, batch, config)
+
+    monkeypatch.setattr(trainer_module, "ask", counted)
+    whole = Trainer(taught, tmp_path / "whole", device="cpu")
+    seen, batch = [], whole.sampler.batch
+    monkeypatch.setattr(whole.sampler, "batch", lambda number: seen.append(number) or batch(number))
+    whole.train(progress=False)
+    assert seen == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert len(asked) == 3 and not torch.equal(asked[0], asked[1])
+
+    # A run that is resumed asks again, and ends with the same weights.
+    first = Trainer(taught, tmp_path / "broken", device="cpu")
+    first._begin_interval()
+    for _ in range(5):
+        first.one_step()
+    first.save_checkpoint()
+    second = Trainer(taught, tmp_path / "broken", device="cpu")
+    second.train(progress=False)
+    ours, theirs = second.net.state_dict(), whole.net.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_the_saved_model_decides_as_validation_found(config, tmp_path):
     trainer = Trainer(dataclasses.replace(config, steps=2, validate_every=2), tmp_path, device="cpu")
     best = trainer.train(progress=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,21 @@ class StepLosses:
     total: Tensor
 
 
+class Answers(NamedTuple):
+    """What a teacher says of the patches of a batch: (N, D) descriptors and (N, C, S, S) metric maps."""
+
+    descriptors_vis: Tensor
+    map_vis: Tensor
+    descriptors_ir: Tensor
+    map_ir: Tensor
+
+
+def ask(teacher: KGLNet, batch: Batch, config: TrainingConfig) -> Answers:
+    """A teacher's answers, in `config.precision` as the network is run; it gets no gradients."""
+    with _autocast(batch, config), torch.no_grad():
+        return Answers(*teacher.encode(batch.vis, "vis"), *teacher.encode(batch.ir, "ir"))
+
+
 def objective(
     net: KGLNet,
     batch: Batch,
@@ -41,6 +57,7 @@ def objective(
     step: int = 0,
     processes: Processes = ALONE,
     teacher: KGLNet | None = None,
+    answers: Answers | None = None,
 ) -> StepLosses:
     """The training objective of a batch of matching pairs; a part whose weight is 0 is not computed.
 
@@ -56,18 +73,14 @@ def objective(
         step: number of the batch, which random negatives depend on.
         teacher: in evaluation mode; its descriptors and its scores of matching pairs and hard negatives are
             targets, weighed by `config.distillation_weight`.
+        answers: the teacher's to this batch, if they are known; else it is asked.
 
     Returns:
         `StepLosses`. The mean over the processes of each term, and of each gradient, is that of the
         whole batch.
     """
-    precision = getattr(torch, config.precision)
-
-    def autocast() -> torch.autocast:
-        return torch.autocast(batch.vis.device.type, dtype=precision, enabled=precision != torch.float32)
-
     head_alone = config.trained == "metric_head"
-    with autocast(), torch.set_grad_enabled(torch.is_grad_enabled() and not head_alone):
+    with _autocast(batch, config), torch.set_grad_enabled(torch.is_grad_enabled() and not head_alone):
         vis, ir = net.branches(batch.vis, "vis"), net.branches(batch.ir, "ir")
     raw_vis, raw_ir = (processes.gather(side.raw_descriptor.float()) for side in (vis, ir))
     descriptors_vis, descriptors_ir = F.normalize(raw_vis, dim=1), F.normalize(raw_ir, dim=1)
@@ -91,7 +104,7 @@ def objective(
         maps_vis, maps_ir = vis.metric_map, ir.metric_map
         if not config.metric_loss_trains_trunk:
             maps_vis, maps_ir = maps_vis.detach(), maps_ir.detach()
-        with autocast():
+        with _autocast(batch, config):
             logits = _score(net, maps_vis, maps_ir, chosen, batch.rows, processes)
         positives, negatives = logits[: len(batch.vis)], logits[len(batch.vis) :]
         metric = losses.metric_loss(positives, negatives)
@@ -100,6 +113,7 @@ def objective(
         hard = chosen[: config.hard_negatives]
         distillation = _distillation(
             teacher,
+            ask(teacher, batch, config) if answers is None else answers,
             batch,
             None if head_alone else (descriptors_vis, descriptors_ir),
             logits,
@@ -116,8 +130,14 @@ def objective(
     return StepLosses(descriptor, guided, metric, distillation, total)
 
 
+def _autocast(batch: Batch, config: TrainingConfig) -> torch.autocast:
+    precision = getattr(torch, config.precision)
+    return torch.autocast(batch.vis.device.type, dtype=precision, enabled=precision != torch.float32)
+
+
 def _distillation(
     teacher: KGLNet,
+    answers: Answers,
     batch: Batch,
     descriptors: tuple[Tensor, Tensor] | None,
     logits: Tensor,
@@ -133,17 +153,13 @@ def _distillation(
             them out.
         hard: columns of the hard negatives.
     """
-    precision = getattr(torch, config.precision)
     loss = logits.new_zeros(())
-    with (
-        torch.autocast(batch.vis.device.type, dtype=precision, enabled=precision != torch.float32),
-        torch.no_grad(),
-    ):
-        target_vis, map_vis = teacher.encode(batch.vis, "vis")
-        target_ir, map_ir = teacher.encode(batch.ir, "ir")
-        targets = _score(teacher, map_vis, map_ir, hard, batch.rows, processes) if len(logits) else logits
+    with _autocast(batch, config), torch.no_grad():
+        maps = answers.map_vis, answers.map_ir
+        targets = _score(teacher, *maps, hard, batch.rows, processes) if len(logits) else logits
     if descriptors is not None:
-        for ours, theirs in zip(descriptors, (target_vis, target_ir), strict=True):
+        known = answers.descriptors_vis, answers.descriptors_ir
+        for ours, theirs in zip(descriptors, known, strict=True):
             loss = loss + losses.descriptor_distillation_loss(ours, processes.gather(theirs))
     if len(targets):
         loss = loss + config.metric_weight * losses.metric_distillation_loss(logits[: len(targets)], targets)

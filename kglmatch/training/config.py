@@ -78,6 +78,9 @@ class TrainingConfig:
         seed: of weights, batches and augmentation.
         steps: length of the run in batches.
         batch_size: matching pairs a batch, over all processes; negatives are mined among them.
+        distinct_batches: after N batches the same N come again, augmentation and all, and the teacher's
+            answers to them are kept in memory (64 KiB a pair of patches, of a bundled teacher): all rounds
+            but the first then cost a fraction. 0 always draws new batches.
         learning_rate: Adam's, of everything but the metric head.
         metric_head_learning_rate: of the metric head.
         schedule: "constant", "decay" (constant, then a cosine over the last `decay_fraction`),
@@ -118,6 +121,7 @@ class TrainingConfig:
     seed: int = 0
     steps: int = 20000
     batch_size: int = 256
+    distinct_batches: int = 0
     learning_rate: float = 5e-3
     metric_head_learning_rate: float = 5e-5
     schedule: str = "decay"
@@ -257,6 +261,7 @@ _LOWEST: dict[str, int] = {
     "seed": 0,
     "steps": 1,
     "batch_size": 2,  # negatives are mined among the others
+    "distinct_batches": 0,
     "warmup_steps": 0,
     "margin": 0,
     "alpha": 0,

@@ -18,12 +18,12 @@ from kglmatch.errors import ConfigError, DataError
 from kglmatch.models.config import KGLNetConfig
 from kglmatch.models.network import KGLNet
 from kglmatch.models.pretrained import load_model
-from kglmatch.training.batch_objective import objective
+from kglmatch.training.batch_objective import Answers, ask, objective
 from kglmatch.training.config import TrainingConfig
 from kglmatch.training.data import TrainingSet, load_training_data
 from kglmatch.training.parallel import join_processes, share_batch_norm
 from kglmatch.training.run_folder import CHECKPOINT, RunFolder, load_checkpoint
-from kglmatch.training.sampling import PatchSampler
+from kglmatch.training.sampling import Batch, PatchSampler
 from kglmatch.training.schedule import rate_factor
 from kglmatch.training.validation import calibrated, validate
 
@@ -95,6 +95,7 @@ class Trainer:
 
         self.net = self._make_network(state)
         self.teacher = self._load_teacher()
+        self._kept_answers: dict[int, Answers] = {}
         training, self.validation = load_training_data(config, self.net.config.patch_size)
         self.sampler = self._make_sampler(training)
         self.average = AveragedModel(self.net, multi_avg_fn=_average_by(config.ema_decay), use_buffers=True)
@@ -194,8 +195,10 @@ class Trainer:
         factor = self._rate_factor()
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
-        batch = self.sampler.batch(self.step)
-        terms = objective(self.net, batch, self.config, self.step, self.processes, self.teacher)
+        number = self.step % self.config.distinct_batches if self.config.distinct_batches else self.step
+        batch = self.sampler.batch(number)
+        answers = self._answers(batch, number)
+        terms = objective(self.net, batch, self.config, self.step, self.processes, self.teacher, answers)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self.scaler.scale(terms.total))
         self.processes.average_gradients(self.net)
@@ -209,6 +212,17 @@ class Trainer:
         self._sums += torch.stack([getattr(terms, name) for name in _TERMS]).detach()
         self._summed += 1
         self.step += 1
+
+    def _answers(self, batch: Batch, number: int) -> Answers | None:
+        """The teacher's, kept for when the batch comes again: rounded, so that every round has the same."""
+        if self.teacher is None or not self.config.distinct_batches:
+            return None
+        kept = self._kept_answers.get(number)
+        if kept is None:
+            kept = self._kept_answers[number] = Answers(
+                *(tensor.half() for tensor in ask(self.teacher, batch, self.config))
+            )
+        return Answers(*(tensor.float() for tensor in kept))
 
     def _rate_factor(self) -> float:
         steps = self.steps
