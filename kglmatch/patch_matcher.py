@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,15 @@ from kglmatch.options import (
 from kglmatch.patches import check_patches, extract_patches
 
 Candidates = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]
+
+
+class _Cut(NamedTuple):
+    """Patches of an image, not described yet."""
+
+    modality: Modality
+    keypoints: NDArray[np.float32]  # (N, 2)
+    patches: NDArray[np.float32]  # (N, P, P)
+    image_size: tuple[int, int]
 
 
 class PatchMatcher:
@@ -242,7 +252,22 @@ class PatchMatcher:
         check_modality(modality)
         if keypoints is not None:
             keypoints = check_keypoints(keypoints)
-        grey, valid = self.load_masked(image, f"the {modality} image")
+        read = self.load_masked(image, f"the {modality} image")
+        return self._describe_cut(
+            self._cut(read, modality, keypoints, detector, max_keypoints, upright), maps
+        )
+
+    def _cut(
+        self,
+        read: tuple[NDArray[np.float32], NDArray[np.bool_] | None],
+        modality: Modality,
+        keypoints: NDArray[np.floating] | None,
+        detector: str | None,
+        max_keypoints: int,
+        upright: bool,
+    ) -> _Cut:
+        """Keypoints of an image, as `load_masked` read it, and the patches around them."""
+        grey, valid = read
         height, width = grey.shape
         detected = keypoints is None
         keypoints, patches = cut_patches(
@@ -258,7 +283,12 @@ class PatchMatcher:
             x, y = np.rint(keypoints).astype(np.int64).T
             kept = valid[y.clip(0, height - 1), x.clip(0, width - 1)]
             keypoints, patches = keypoints[kept], patches[kept]
-        return self.describe(patches, modality, maps=maps, keypoints=keypoints, image_size=(width, height))
+        return _Cut(modality, keypoints, patches, (width, height))
+
+    def _describe_cut(self, cut: _Cut, maps: bool) -> Features:
+        return self.describe(
+            cut.patches, cut.modality, maps=maps, keypoints=cut.keypoints, image_size=cut.image_size
+        )
 
     def extract_pair(
         self,
@@ -288,22 +318,20 @@ class PatchMatcher:
         if dense and isinstance(ir, Features):
             raise KGLMatchError("dense search needs the ir image, not features of it")
         # Both are read before the network runs on one.
-        vis, ir = (
-            image if isinstance(image, Features) else self.load(image, f"the {modality} image")
+        read = [
+            None if isinstance(image, Features) else self.load_masked(image, f"the {modality} image")
             for image, modality in ((vis, "vis"), (ir, "ir"))
-        )
-
-        def features(image: Any, modality: Modality) -> Features:
-            if isinstance(image, Features):
-                return image
-            return self.extract(
-                image, modality, detector=detector, max_keypoints=max_keypoints, maps=maps, upright=upright
-            )
-
-        features_vis = features(vis, "vis")
-        if dense:
-            return features_vis, self._extract_dense(features_vis, ir, radius, maps)
-        return features_vis, features(ir, "ir")
+        ]
+        how = None, detector, max_keypoints, upright
+        with ThreadPoolExecutor(1) as thread:
+            # The ir image's patches are cut while the network describes the visible one's.
+            cut_ir = None if dense or read[1] is None else thread.submit(self._cut, read[1], "ir", *how)
+            if read[0] is not None:
+                vis = self._describe_cut(self._cut(read[0], "vis", *how), maps)
+            if dense:
+                assert read[1] is not None
+                return vis, self._extract_dense(vis, read[1][0], radius, maps)
+            return vis, ir if cut_ir is None else self._describe_cut(cut_ir.result(), maps)
 
     def match_images(
         self,

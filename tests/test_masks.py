@@ -156,6 +156,10 @@ def test_masked_and_nan_pixels_of_images_do_not_count(holed, thin_matcher):
     features = thin_matcher.extract(holes, "ir", max_keypoints=100)
     x, y = np.rint(features.keypoints).astype(int).T
     assert len(features) > 10 and masks.ir[y, x].all()
+    both = thin_matcher.extract_pair(masked, holes, max_keypoints=100)
+    for one, mask in zip(both, (masks.vis, masks.ir), strict=True):
+        x, y = np.rint(one.keypoints).astype(int).T
+        assert len(one) > 10 and mask[y, x].all()
     everything = thin_matcher.extract(ir, "ir", max_keypoints=100)
     x, y = np.rint(everything.keypoints).astype(int).T
     assert not masks.ir[y, x].all()
