@@ -37,6 +37,9 @@ from kglmatch.geo.register import (  # noqa: E402
 from kglmatch.geo.windows import place_tiles, steps  # noqa: E402
 from kglmatch.geo.write import creation_options, save_on_grid, save_shifted  # noqa: E402
 from kglmatch.geometry import transform_points  # noqa: E402
+from kglmatch.registration.align import Alignment  # noqa: E402
+from kglmatch.registration.limits import Limits  # noqa: E402
+from kglmatch.registration.masks import Masks  # noqa: E402
 from kglmatch.registration.results import BandRegistration  # noqa: E402
 from kglmatch.registration.structure import structure_maps  # noqa: E402
 
@@ -296,6 +299,29 @@ def test_tiles_are_where_there_is_structure():
     tiles = place_tiles(image, image, valid, 10.0, 100.0)
     assert len(tiles)
     assert (tiles[:, 0] > 1150).all() and (tiles[:, 0] < 1550).all() and (tiles[:, 1] < 660).all()
+
+
+def test_the_better_supported_of_two_searches_is_judged(monkeypatch):
+    """A tight limit on radar: from the map's place the same transform is found with less support."""
+
+    def alignment(shift, support):
+        empty = np.empty((0, 2))
+        transform = np.array([[1, 0, shift], [0, 1, 0], [0, 0, 1.0]])
+        return Alignment(transform, "affine", empty, empty, np.empty(0), np.empty(0), support)
+
+    near, found, far = alignment(4.0, 0.1), alignment(4.5, 0.28), alignment(60.0, 0.3)
+    judged = []
+    monkeypatch.setattr(register_module, "refine", lambda *_, **__: near)
+    monkeypatch.setattr(register_module, "align", lambda *_: [far, found])
+    monkeypatch.setattr(
+        register_module,
+        "choose",
+        lambda *arguments: judged.append(arguments[3]) or SimpleNamespace(errors=()),
+    )
+    image = np.zeros((256, 256), np.float32)
+    masks = Masks(*np.ones((2, 256, 256), bool))
+    register_module._register_images(None, image, image, Limits(max_displacement=10), masks, [])
+    assert judged == [[found]]
 
 
 def test_nothing_is_found_where_there_is_nothing(tmp_path, edges, vis):

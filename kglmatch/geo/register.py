@@ -454,16 +454,17 @@ def _register_images(
     if most is not None:
         radius = int(np.clip(np.ceil(most * 256 / max(vis.shape)) + 2, 4, _RADIUS))
     near = refine(vis, ir, np.eye(3), kind=limits.kind, first_radius=radius, masks=masks)
-    alternatives: list[Alignment] = [] if near is None else [near]
     if near is not None and near.support >= _CLEAR and within_limits(near.transform, vis, ir, limits):
         found = judge(matcher, vis, ir, near, masks=masks)
         if found.verdict == "registered":
             return found
-    for other in align(vis, ir, limits, masks):
-        if not any(same_place(other.transform, known.transform, vis.shape) for known in alternatives):
-            alternatives.append(other)
-    alternatives = [each for each in alternatives if within_limits(each.transform, vis, ir, limits)]
-    alternatives.sort(key=lambda each: -each.support)
+    # Of two that are the same, the one with more support: a narrow search may find it with less.
+    found_all = align(vis, ir, limits, masks) + ([] if near is None else [near])
+    alternatives: list[Alignment] = []
+    for each in sorted(found_all, key=lambda each: -each.support):
+        known = any(same_place(each.transform, other.transform, vis.shape) for other in alternatives)
+        if not known and within_limits(each.transform, vis, ir, limits):
+            alternatives.append(each)
     proposals, errors = propose(proposers, vis, ir)
     found = choose(matcher, vis, ir, alternatives, limits, proposals, masks)
     return dataclasses.replace(found, errors=errors) if errors else found
