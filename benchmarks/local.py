@@ -15,12 +15,14 @@ registration and the warp take them.
 Pairs that are themselves off by some pixels in places (RoadScene) hide what is measured. `--relative` takes
 as the truth where the same pair's own registration, without the warp but with the local correction, takes
 each point, then warped: what is wrong with the set falls out, and so does what the method gets wrong in the
-same way twice.
+same way twice. `--offsets` takes the pairs' own offsets from a file that `maps.py --offsets` has written,
+where two independent methods agree on them; the other pairs are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -137,18 +139,25 @@ def load(pair: ImagePair) -> tuple[np.ndarray, np.ndarray]:
     return vis, ir
 
 
-def measure(matcher: Matcher, name: str, pair: ImagePair, seed: int, relative: bool) -> dict[str, Any]:
-    """Residuals of one pair; None where the global registration failed."""
+def measure(
+    matcher: Matcher, name: str, pair: ImagePair, seed: int, relative: bool, offset: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Residuals of one pair; None where the global registration failed.
+
+    Args:
+        offset: (3, 3) from visible pixels to those of the ir image on their grid; None for the set's word.
+    """
     vis, original = load(pair)
-    ir, truth = warp(original, np.random.default_rng(seed))
+    ir, warped_by = warp(original, np.random.default_rng(seed))
+    first: Mapping = functools.partial(transform_points, np.eye(3) if offset is None else offset)
     if relative:
         own = matcher.register(vis, original, local=True)
         if own.transform is None:
             return {"pair": name, "verdict": "failed", "global": None, "local": None}
-        first, warped_by = mapping(own), truth
+        first = mapping(own)
 
-        def truth(points: Points) -> Points:
-            return warped_by(first(points))
+    def truth(points: Points) -> Points:
+        return warped_by(first(points))
 
     began = time.perf_counter()
     plain = matcher.register(vis, ir)
@@ -205,6 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("data", type=Path, help="folder of image pairs")
     parser.add_argument("--model", default="kglnet-vis-nir")
     parser.add_argument("--relative", action="store_true", help="to the registration of the unwarped pair")
+    parser.add_argument("--offsets", type=Path, help="the pairs' own offsets, as maps.py wrote them")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="leave out the first N pairs")
     parser.add_argument("--third", action="store_true", help="every third pair, the 3rd first")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take every Nth pair of those")
@@ -214,9 +224,13 @@ def main(argv: list[str] | None = None) -> None:
     matcher = Matcher.from_pretrained(arguments.model, device="cpu")
     numbered = list(enumerate(pairs_of(arguments.data)))[arguments.first :]
     numbered = numbered[2::3] if arguments.third else numbered
+    offsets = json.loads(arguments.offsets.read_text("utf-8")) if arguments.offsets else None
     rows = []
     for seed, (name, pair) in numbered[:: arguments.every][: arguments.limit]:
-        row = measure(matcher, name, pair, seed, arguments.relative)
+        if offsets is not None and offsets.get(name) is None:
+            continue
+        offset = None if offsets is None else np.array(offsets[name])
+        row = measure(matcher, name, pair, seed, arguments.relative, offset)
         rows.append(row)
         if row["global"] is None:
             print(name, "not registered", flush=True)

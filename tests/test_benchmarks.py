@@ -143,6 +143,13 @@ def test_local_correction(run, pairs):
     assert row["local"] < 1.5
     assert "1 pairs, 0 not registered at all" in printed and "worse than global 0" in printed
 
+    # Its own offset counts: with a wrong one of 30 pixels the residual is as large.
+    wrong = np.array([[1, 0, 30], [0, 1, 0], [0, 0, 1]])
+    Path("offsets.json").write_text(json.dumps({row["pair"]: wrong.tolist(), "another": None}))
+    run("local.py", pairs, "--limit", 2, "--offsets", "offsets.json", "--save", "found.json")
+    (off,) = json.loads(Path("found.json").read_text())
+    assert off["pair"] == row["pair"] and 28 < off["local"] < 32
+
 
 def test_published_registration_lists_the_pair_that_is_off(run, pairs, tmp_path):
     folder = Path(shutil.copytree(pairs, tmp_path / "field"))
