@@ -282,3 +282,14 @@ def test_a_refused_correction_leaves_the_transform_alone(tmp_path):
     save_json(tmp_path / "t.json", registration_to_dict(found))
     assert read_saved_transform(tmp_path / "t.json").local is None
     assert len(tie_points_of(found)) == 0
+
+
+def test_the_normal_matrix_is_that_of_all_weights():
+    """What is summed is 16 weights a point, also where cells are few and points lie outside the image."""
+    rng = np.random.default_rng(0)
+    for cells in ((2, 2), (13, 9)):
+        field = DisplacementField.zero((520, 360), cells)
+        weights = field.basis(rng.uniform(-20, 540, (300, 2)))
+        weight = rng.uniform(0, 2, 300)
+        expected = weights.T @ (weight[:, None] * weights)
+        assert local._Basis(weights).normal(weight) == pytest.approx(expected, abs=1e-9)

@@ -40,6 +40,7 @@ _CLEAR = 1.5  # as in `align`: standard deviations of a peak that counts
 _AGREEMENT, _SOFTNESS = 1.2, 0.4
 # Determinant of the Jacobian.
 _FOLD = (0.3, 3.0)
+_SUPPORT = 16  # control displacements that a cubic B-spline has at a point
 _ITERATIONS, _TRIES = 8, 4  # of Levenberg-Marquardt
 _STILL = 0.02  # pixels: a step that ends it
 # What a field costs falls from round to round: the windows get finer, and the field nearly right.
@@ -224,6 +225,24 @@ class _Penalty:
         return np.asarray((by_cell * stiffness) * whole, np.float64)
 
 
+class _Basis:
+    """Weights (P, K) of K control displacements at P points, `_SUPPORT` of which are not zero at a point."""
+
+    def __init__(self, weights: Matrix) -> None:
+        self.weights = weights
+        self._count = weights.shape[1]
+        columns = np.argpartition(-weights, _SUPPORT - 1, axis=1)[:, :_SUPPORT]
+        values = np.take_along_axis(weights, columns, axis=1)
+        self._products = values[:, :, None] * values[:, None, :]
+        self._places = (columns[:, :, None] * self._count + columns[:, None, :]).ravel()
+
+    def normal(self, weight: Matrix) -> Matrix:
+        """``weights.T @ diag(weight) @ weights`` (K, K), for a weight (P,) of each point."""
+        values = (weight[:, None, None] * self._products).ravel()
+        whole = np.bincount(self._places, values, self._count**2)
+        return whole.reshape(self._count, self._count)
+
+
 def _fit(
     measured: _Measured,
     start: DisplacementField,
@@ -232,7 +251,7 @@ def _fit(
     stiffness: float,
 ) -> DisplacementField:
     """The field that wins most votes of the windows less its own cost, uphill from `start` or the peaks."""
-    basis = start.basis(measured.points)
+    basis = _Basis(start.basis(measured.points))
     by_cell = len(measured.points) / (start.cells[0] * start.cells[1])
     cost = penalty.matrix(by_cell, stiffness)
     starts = [start.control.reshape(-1, 2), _from_peaks(measured, basis, cost)]
@@ -244,14 +263,14 @@ def _fit(
 
 
 def _climb(
-    measured: _Measured, surfaces: NDArray[np.float32], basis: Matrix, cost: Matrix, control: Matrix
+    measured: _Measured, surfaces: NDArray[np.float32], basis: _Basis, cost: Matrix, control: Matrix
 ) -> tuple[float, Matrix]:
     """Levenberg-Marquardt: the score that is reached from control displacements (K, 2), and where."""
-    count = basis.shape[1]
+    count = len(cost)
 
     def displaced(at: Matrix) -> Matrix:
         """In pixels of the surfaces, from their middles."""
-        return (basis @ at - measured.assumed) * measured.factor
+        return (basis.weights @ at - measured.assumed) * measured.factor
 
     def score(at: Matrix) -> float:
         values = expand(surfaces, displaced(at))[0]
@@ -262,12 +281,11 @@ def _climb(
     for _ in range(_ITERATIONS):
         information, uphill = _evidence(surfaces, displaced(control))
         normal = np.empty((2, count, 2, count))
-        for a in (0, 1):
-            for b in (0, 1):
-                weight = information[:, a, b, None] * measured.factor**2
-                normal[a, :, b] = basis.T @ (weight * basis) + (cost if a == b else 0)
+        for a, b in ((0, 0), (0, 1), (1, 1)):
+            block = basis.normal(information[:, a, b] * measured.factor**2)
+            normal[a, :, b] = normal[b, :, a] = block + cost if a == b else block
         square = normal.reshape(2 * count, 2 * count)
-        right = (measured.factor * (basis.T @ uphill) - cost @ control).T.ravel()
+        right = (measured.factor * (basis.weights.T @ uphill) - cost @ control).T.ravel()
         for _ in range(_TRIES):
             damped = square + damping * np.diag(np.diag(square))
             change = np.linalg.solve(damped, right).reshape(2, -1).T
@@ -283,17 +301,17 @@ def _climb(
     return total, control
 
 
-def _from_peaks(measured: _Measured, basis: Matrix, cost: Matrix) -> Matrix:
+def _from_peaks(measured: _Measured, basis: _Basis, cost: Matrix) -> Matrix:
     """Control displacements fitted to the highest points of the surfaces, robustly."""
     at, height = peaks(smooth(measured.surfaces, 0.7))
     certainty = 1 / (1 + np.exp(-np.clip((height - _CLEAR) / 0.3, -30, 30)))
     found = measured.assumed + at / measured.factor
     weight: NDArray[np.floating] = certainty
-    control: Matrix = np.zeros((basis.shape[1], 2))
+    control: Matrix = np.zeros((len(cost), 2))
     for spread in (8.0, 4.0, 2.0, 1.5, 1.5):
-        normal = basis.T @ (weight[:, None] * basis) + cost
-        control = np.asarray(np.linalg.solve(normal, basis.T @ (weight[:, None] * found)), np.float64)
-        off = np.linalg.norm(found - basis @ control, axis=1) * measured.factor
+        right = basis.weights.T @ (weight[:, None] * found)
+        control = np.asarray(np.linalg.solve(basis.normal(weight) + cost, right), np.float64)
+        off = np.linalg.norm(found - basis.weights @ control, axis=1) * measured.factor
         weight = certainty / (1 + (off / spread) ** 2) ** 2
     return control
 
