@@ -32,6 +32,8 @@ from kglmatch.backends.onnx import (
     gather_graph,
 )
 from kglmatch.errors import BackendError, ConfigError, KGLMatchError, WeightsError
+from kglmatch.models.config import CHANNELS, STRIDES, KGLNetConfig
+from kglmatch.models.cost import cpu_batch, largest_layer
 from kglmatch.models.files import DESCRIPTOR_FILES, GRAPH_FILES, HEAD_FILE
 from kglmatch.patches import extract_patches
 
@@ -255,7 +257,16 @@ def test_threads_as_in_pytorch(exported, monkeypatch):
         monkeypatch.setenv("OMP_NUM_THREADS", given)
         backend = OnnxBackend(exported.folder, device="cpu")
         assert backend._session(HEAD_FILE).get_session_options().intra_op_num_threads == threads
-        assert backend.batch_size == batch
+        assert backend.batch_size == cpu_batch(backend.config, batch)
+
+
+def test_a_light_network_goes_in_larger_batches():
+    published = KGLNetConfig(channels=CHANNELS, strides=STRIDES)
+    light = KGLNetConfig(channels=(16, 16, 32, 32, 64, 64, 128, 64), strides=(2, 1, 2, 1, 2, 1, 1, 1))
+    assert largest_layer(published) == 32 * 64 * 64 and largest_layer(light) == 16 * 32 * 32
+    assert cpu_batch(published, 16) == 16 and cpu_batch(light, 16) == 128
+    wide = KGLNetConfig(channels=(64,) * 8, strides=STRIDES)
+    assert cpu_batch(wide, 16) == 16  # never less: 8 was slower
 
 
 # --- device memory, tried on the CPU's ------------------------------------------------------------

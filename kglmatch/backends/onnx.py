@@ -24,6 +24,7 @@ from kglmatch.errors import BackendError, KGLMatchError, WeightsError
 from kglmatch.features import Array, Modality, to_numpy
 from kglmatch.matching import top_k_rows
 from kglmatch.models.config import KGLNetConfig
+from kglmatch.models.cost import cpu_batch
 from kglmatch.models.files import (
     CHECKSUMS_FILE,
     CONFIG_FILE,
@@ -128,7 +129,9 @@ class OnnxBackend:
             raise KGLMatchError(
                 f"batch_size={batch_size}, but the graphs in {folder} have a fixed batch of {fixed}"
             )
-        default = THREAD_BATCH * (_threads() or os.cpu_count() or 1) if memory is None else DEVICE_BATCH
+        default = DEVICE_BATCH
+        if memory is None:
+            default = cpu_batch(self.config, THREAD_BATCH * (_threads() or os.cpu_count() or 1))
         self.batch_size = fixed or batch_size or default
         self._map_shape = tuple(first.get_outputs()[1].shape[1:])
         self._memory: _Memory = (

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kglmatch.models.config import BLOCKS, KGLNetConfig
+from kglmatch.models.config import BLOCKS, CHANNELS, STRIDES, KGLNetConfig
 
 HEAD_UNITS = (512, 256, 1)
+_MOST_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,18 @@ def cost(config: KGLNetConfig) -> Cost:
         descriptor + (trunk if config.metric_trunk == "own" else 0),
         9 * config.map_channels**2 * area + linear,
     )
+
+
+def largest_layer(config: KGLNetConfig) -> int:
+    """Values of a patch's largest layer, which decide how many patches stay in a processor's cache."""
+    side, largest = config.patch_size, 0
+    for channels, stride in zip(config.channels, config.strides, strict=True):
+        side //= stride
+        largest = max(largest, channels * side**2)
+    return largest
+
+
+def cpu_batch(config: KGLNetConfig, batch: int) -> int:
+    """Patches at once, so that as many values stay in the cache as those of `batch` at the paper's widths."""
+    published = largest_layer(KGLNetConfig(channels=CHANNELS, strides=STRIDES))
+    return batch * max(1, min(_MOST_BATCHES, published // largest_layer(config)))

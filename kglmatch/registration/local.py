@@ -236,11 +236,11 @@ class _Basis:
         self._products = values[:, :, None] * values[:, None, :]
         self._places = (columns[:, :, None] * self._count + columns[:, None, :]).ravel()
 
-    def normal(self, weight: Matrix) -> Matrix:
+    def normal(self, weight: NDArray[np.floating]) -> Matrix:
         """``weights.T @ diag(weight) @ weights`` (K, K), for a weight (P,) of each point."""
         values = (weight[:, None, None] * self._products).ravel()
-        whole = np.bincount(self._places, values, self._count**2)
-        return whole.reshape(self._count, self._count)
+        whole = np.bincount(self._places, values, self._count**2).reshape(self._count, self._count)
+        return np.asarray(whole, np.float64)
 
 
 def _fit(

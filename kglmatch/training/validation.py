@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kglmatch.backends.torch import DEFAULT_BATCH
+from kglmatch.backends.torch import default_batch
 from kglmatch.evaluation import metrics
 from kglmatch.fusion import fit_calibration, fit_fusion, fuse
 from kglmatch.matching import distance_from_cosine
@@ -87,7 +87,7 @@ def answer(net: KGLNet, patches: ValidationSet) -> Answers:
     was_training = net.training
     net.eval()
     device = next(net.parameters()).device
-    batch = DEFAULT_BATCH[device.type]
+    batch = default_batch(device.type, net.config)
 
     def encode(side: NDArray[np.uint8], modality: str) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [
