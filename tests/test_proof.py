@@ -83,6 +83,12 @@ def test_a_small_proof_end_to_end(run, tmp_path):
     assert "| kglmatch | 100 (100 to 100)" in printed and (out / "report.md").read_text() in printed
     assert all((out / f"{name}.png").stat().st_size > 5000 for name in ("success", "accepts", "reliability"))
 
+    # What has been measured of a run that was stopped is reported too.
+    medium = {**ours, "task": ours["task"].replace("small", "medium"), "strength": "medium"}
+    with (out / "results.jsonl").open("a") as file:
+        file.write(json.dumps(medium) + "\n")
+    assert "### medium" in run(*options, "--report")
+
     # Killed in the middle of a line: it resumes with what is missing, and measures nothing twice.
     (out / "results.jsonl").write_text("\n".join(lines[:-2]) + "\n" + lines[-2][:40])
     run(*options)

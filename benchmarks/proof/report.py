@@ -223,10 +223,12 @@ def overview(by_strength: dict[str, Any]) -> str:
     head, rule, *lines = shares_table(by_strength[ALL]).splitlines()
     key = f"within_{RIGHT:g}_px"
     names = " | ".join(strengths)
-    more = [
-        " | ".join(f"{by_strength[strength][name][key][0]:.0f}" for strength in strengths)
-        for name in by_strength[ALL]
-    ]
+
+    def share(strength: str, name: str) -> str:
+        found = by_strength[strength].get(name)  # None where a run was stopped before it
+        return "" if found is None else f"{found[key][0]:.0f}"
+
+    more = [" | ".join(share(strength, name) for strength in strengths) for name in by_strength[ALL]]
     rows = [f"{line} {shares} |" for line, shares in zip(lines, more, strict=True)]
     return "\n".join([f"{head} {names} |", rule + "---|" * len(strengths), *rows])
 
