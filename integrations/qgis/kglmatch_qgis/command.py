@@ -20,7 +20,14 @@ from typing import Any
 
 VARIABLE = "KGLMATCH"  # of the environment: the program
 PROGRAM = "kglmatch"
-MODELS = ("kglnet-vis-nir", "kglnet-vis-lwir", "kglnet-vis-sar")
+MODELS = (
+    "kglnet-vis-nir",
+    "kglnet-vis-lwir",
+    "kglnet-vis-sar",
+    "kglnet-vis-nir-lite",
+    "kglnet-vis-lwir-lite",
+    "kglnet-vis-sar-lite",
+)
 KINDS = ("auto", "translation", "similarity", "affine", "homography")
 UNITS = ("pixels", "metres")
 
