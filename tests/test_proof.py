@@ -148,6 +148,21 @@ def test_arosics_is_run_in_its_own_python(modules, monkeypatch, tmp_path):
     assert nothing is None
 
 
+def test_unrelated_pairs_show_nothing_in_common(modules, tmp_path):
+    """Two pictures of one walk that show the same place are not unrelated, whatever their names."""
+    from pairs import TEST, UNRELATED, make_tasks
+
+    folder = tmp_path / "vis-nir" / "forest"
+    write_pairs(folder, 3)
+    wide = texture(320, 320, 0)
+    for number, part in ((0, wide[:240, :240]), (1, wide[40:280, 60:300])):
+        cv2.imwrite(str(folder / f"{number:04}_rgb.png"), np.rint(part * 255).astype(np.uint8))
+    tasks = make_tasks(tmp_path, TEST, strengths=["small"], limit=0, unrelated=6)
+    assert all(task.strength == UNRELATED for task in tasks)
+    found = {(task.vis.name, task.ir.name) for task in tasks}
+    assert found == {("0000", "0002"), ("0002", "0000"), ("0001", "0002"), ("0002", "0001")}
+
+
 def test_pairs_for_fitting_do_not_test(modules, shared_data):
     from pairs import FIT, TEST, find_pairs
 

@@ -12,9 +12,11 @@ import cv2
 import numpy as np
 
 from kglmatch.datasets import ImagePair, find_image_pairs
-from kglmatch.geometry import similarity_about
+from kglmatch.geometry import estimate_homography, similarity_about
 from kglmatch.images import load_image
+from kglmatch.proposers import named_proposer
 
+COMMON = 15  # matches that agree on a homography: two visible images show the same place
 UNRELATED = "unrelated"
 CATEGORIES = ("field", "forest", "indoor", "mountain", "oldbuilding", "street", "urban", "water")
 
@@ -154,6 +156,13 @@ def _shuffled(pairs: list[tuple[str, ImagePair]]) -> list[tuple[str, ImagePair]]
     return sorted(pairs, key=lambda found: zlib.crc32(f"{found[0]}/{found[1].name}".encode()))
 
 
+def shows_same_place(a: Path, b: Path) -> bool:
+    """Whether two visible images show something in common, by SIFT, which is reliable within one sensor."""
+    points_a, points_b = named_proposer("sift")(load_image(a), load_image(b))
+    _, inliers = estimate_homography(points_a, points_b)
+    return int(inliers.sum()) >= COMMON
+
+
 def make_tasks(
     data: Path,
     sets: dict[str, list[Part]],
@@ -184,8 +193,10 @@ def make_tasks(
                 break
             (subset, vis), (_, ir) = (every_pair[i] for i in rng.choice(len(every_pair), 2, replace=False))
             task = Task(name, subset, vis, ir, UNRELATED)
-            # Sequential pictures of one drive or flight may show the same place.
-            if task.key not in seen and vis.ir.parent == ir.ir.parent:
+            if task.key in seen or vis.ir.parent != ir.ir.parent:
+                continue
+            # Pictures of one walk, drive or flight may show the same place.
+            if not shows_same_place(vis.vis, ir.vis):
                 seen.add(task.key)
                 tasks.append(task)
     return sorted(tasks, key=lambda task: zlib.crc32(task.key.encode()))  # a part of a run is a fair sample
