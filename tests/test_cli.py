@@ -229,14 +229,17 @@ def test_match_options_reach_the_matcher(image_pair, monkeypatch, capsys):
     from kglmatch.matcher import Matcher
 
     given = {}
-    monkeypatch.setattr(
-        Matcher,
-        "extract",
-        lambda self, image, modality, **how: (
-            given.update({modality: how})
-            or Features(np.zeros((0, 128), np.float32), modality, keypoints=np.zeros((0, 2), np.float32))
-        ),
-    )
+
+    def cut(grey, modality, **how):
+        given[modality] = how
+        return np.zeros((0, 2), np.float32), np.zeros((0, 64, 64), np.float32)
+
+    def describe(self, patches, modality, *, maps, keypoints, image_size):
+        given[modality]["maps"] = maps
+        return Features(np.zeros((0, 128), np.float32), modality, keypoints=keypoints)
+
+    monkeypatch.setattr("kglmatch.patch_matcher.cut_patches", cut)
+    monkeypatch.setattr(Matcher, "describe", describe)
     original = Matcher.match_images
 
     def match_images(self, vis, ir, **how):
@@ -251,6 +254,8 @@ def test_match_options_reach_the_matcher(image_pair, monkeypatch, capsys):
         given["vis"]
         == given["ir"]
         == {
+            "patch_size": 64,
+            "keypoints": None,
             "detector": "grid",
             "max_keypoints": 7,
             "maps": False,

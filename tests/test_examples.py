@@ -195,6 +195,9 @@ def test_plot_validation_draws_what_runs_reached(run, tmp_path: Path):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_training_recipes_make_a_step(recipe: Path, tmp_path: Path, monkeypatch):
+    from kglmatch.models.config import KGLNetConfig
+    from kglmatch.models.network import KGLNet
+    from kglmatch.models.pretrained import save_model
     from kglmatch.training import Trainer, TrainingConfig
 
     make_thin(monkeypatch)
@@ -209,6 +212,10 @@ def test_training_recipes_make_a_step(recipe: Path, tmp_path: Path, monkeypatch)
         warmup_steps=0,
     )
     config.network["patch_size"] = 16
+    if config.teacher is not None:  # a thin one, as all networks are here
+        net = KGLNet(KGLNetConfig(patch_size=16))
+        save_model(tmp_path / "teacher", net.state_dict(), net.config)
+        config = dataclasses.replace(config, teacher=str(tmp_path / "teacher"))
     best = Trainer(config, tmp_path / "run", device="cpu").train(progress=False)
     assert all(np.isfinite(value) for value in best.values())
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
