@@ -27,9 +27,10 @@ from typing import Any
 
 import cv2
 import numpy as np
+from local import every_pair
 
 from kglmatch import Matcher
-from kglmatch.datasets import ImagePair, find_image_pairs
+from kglmatch.datasets import ImagePair
 from kglmatch.geometry import similarity_about, transform_points
 from kglmatch.images import load_image
 from kglmatch.keypoints import DETECTORS, detect_keypoints
@@ -40,18 +41,10 @@ RIGHT = 3.0  # pixels
 PRIOR = 16.0  # pixels
 
 
-def pairs_of(source: Path) -> list[ImagePair]:
-    """Pairs of a folder, or of the folders in it that hold pairs with a known affine."""
-    try:
-        return find_image_pairs(source)
-    except ValueError:
-        inner = [folder for folder in sorted(source.iterdir()) if folder.is_dir()]
-        return [pair for folder in inner for pair in find_image_pairs(folder) if pair.affine is not None]
-
-
 def chosen_pairs(data: Path, which: str) -> list[ImagePair]:
     """The pairs of a folder that a slice A:B:C takes."""
-    return pairs_of(data)[slice(*(int(part) if part else None for part in which.split(":")))]
+    pairs = [pair for _, pair in every_pair(data)]
+    return pairs[slice(*(int(part) if part else None for part in which.split(":")))]
 
 
 def move(ir: Image, true: Image, rotation: float, scale: float, shift: Any) -> tuple[Image, Image, Image]:

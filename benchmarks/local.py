@@ -118,8 +118,8 @@ def residual(take: Mapping, truth: Mapping, vis: np.ndarray, ir: np.ndarray) -> 
     return float(np.median(np.linalg.norm(take(points[shown]) - true[shown], axis=1)))
 
 
-def pairs_of(source: Path) -> list[tuple[str, ImagePair]]:
-    """Image pairs of a folder, or of its subfolders that hold pairs with a known affine."""
+def every_pair(source: Path) -> list[tuple[str, ImagePair]]:
+    """Image pairs of a folder, or of its subfolders that hold pairs with a known affine, with their names."""
     try:
         return [(pair.name, pair) for pair in find_image_pairs(source)]
     except ValueError:
@@ -127,7 +127,12 @@ def pairs_of(source: Path) -> list[tuple[str, ImagePair]]:
         found = [
             (f"{folder.name}/{pair.name}", pair) for folder in folders for pair in find_image_pairs(folder)
         ]
-        return [(name, pair) for name, pair in found if pair.affine is not None and name not in MISREGISTERED]
+        return [(name, pair) for name, pair in found if pair.affine is not None]
+
+
+def pairs_of(source: Path) -> list[tuple[str, ImagePair]]:
+    """`every_pair` without those that are published far apart."""
+    return [(name, pair) for name, pair in every_pair(source) if name not in MISREGISTERED]
 
 
 def load(pair: ImagePair) -> tuple[np.ndarray, np.ndarray]:

@@ -170,23 +170,19 @@ class Flight:
         self.sizes: dict[str, tuple[int, int]] = {}
         self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
         with ThreadPoolExecutor(workers) as threads:
-            list(threads.map(self._read_sizes, captures))
+            # Taken over in the order of the captures, which decides between sizes that are as common.
+            for capture, (sizes, problem) in zip(captures, threads.map(_read_sizes, captures), strict=True):
+                self._sizes |= {(capture.name, band): size for band, size in sizes.items()}
+                if problem is not None:
+                    self.problems[capture.name] = problem
             self.moments = list(
                 threads.map(lambda capture: read_moment(capture.bands.get(reference)), captures)
             )
         for band in band_names(captures):
-            # In the order of the captures, not of the threads: it decides between sizes that are as common.
-            known = [size for c in captures if (size := self._sizes.get((c.name, band))) is not None]
+            known = [size for (_, of), size in self._sizes.items() if of == band]
             if not known:
                 raise DataError(f"no image of band {band} can be read: {next(iter(self.problems.values()))}")
             self.sizes[band] = common_size(known)
-
-    def _read_sizes(self, capture: Capture) -> None:
-        for band, image in capture.bands.items():
-            try:
-                self._sizes[capture.name, band] = image_size(image)
-            except ImageError as error:
-                self.problems[capture.name] = str(error)
 
     def pairs(self, vis: str, ir: str) -> Pairs:
         """The captures that have both bands, in their usual sizes; the others are noted as problems."""
@@ -222,6 +218,17 @@ class Flight:
         """When and from where the captures of these names were taken."""
         known = dict(zip((capture.name for capture in self.captures), self.moments, strict=True))
         return [known[name] for name in names]
+
+
+def _read_sizes(capture: Capture) -> tuple[dict[str, tuple[int, int]], str | None]:
+    """(width, height) of each band of a capture that can be read, and why the last other one cannot."""
+    sizes, problem = {}, None
+    for band, image in capture.bands.items():
+        try:
+            sizes[band] = image_size(image)
+        except ImageError as error:
+            problem = str(error)
+    return sizes, problem
 
 
 def _called(capture: Capture, band: str) -> str:

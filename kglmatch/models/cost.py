@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kglmatch.models.config import BLOCKS, CHANNELS, STRIDES, KGLNetConfig
 
 HEAD_UNITS = (512, 256, 1)
-_MOST_BATCHES = 8
+_MOST_BATCHES = 8  # of the light models, whose layers are an eighth, 64 to 128 patches measured fastest
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,8 @@ class TrainingConfig:
         steps: length of the run in batches.
         batch_size: matching pairs a batch, over all processes; negatives are mined among them.
         distinct_batches: after N batches the same N come again, augmentation and all, and the teacher's
-            answers to them are kept in memory (64 KiB a pair of patches, of a bundled teacher): all rounds
-            but the first then cost a fraction. 0 always draws new batches.
+            answers to them are kept in the device's memory (64 KiB a pair of patches, of a full bundled
+            model): all rounds but the first then cost a fraction. 0 always draws new batches.
         learning_rate: Adam's, of everything but the metric head.
         metric_head_learning_rate: of the metric head.
         schedule: "constant", "decay" (constant, then a cosine over the last `decay_fraction`),
