@@ -35,7 +35,7 @@ class StepLosses:
     total: Tensor
 
 
-class Answers(NamedTuple):
+class TeacherAnswers(NamedTuple):
     """What a teacher says of the patches of a batch: (N, D) descriptors and (N, C, S, S) metric maps."""
 
     descriptors_vis: Tensor
@@ -44,10 +44,10 @@ class Answers(NamedTuple):
     map_ir: Tensor
 
 
-def ask(teacher: KGLNet, batch: Batch, config: TrainingConfig) -> Answers:
+def ask(teacher: KGLNet, batch: Batch, config: TrainingConfig) -> TeacherAnswers:
     """A teacher's answers, in `config.precision` as the network is run; it gets no gradients."""
     with _autocast(batch, config), torch.no_grad():
-        return Answers(*teacher.encode(batch.vis, "vis"), *teacher.encode(batch.ir, "ir"))
+        return TeacherAnswers(*teacher.encode(batch.vis, "vis"), *teacher.encode(batch.ir, "ir"))
 
 
 def objective(
@@ -57,7 +57,7 @@ def objective(
     step: int = 0,
     processes: Processes = ALONE,
     teacher: KGLNet | None = None,
-    answers: Answers | None = None,
+    answers: TeacherAnswers | None = None,
 ) -> StepLosses:
     """The training objective of a batch of matching pairs; a part whose weight is 0 is not computed.
 
@@ -137,7 +137,7 @@ def _autocast(batch: Batch, config: TrainingConfig) -> torch.autocast:
 
 def _distillation(
     teacher: KGLNet,
-    answers: Answers,
+    answers: TeacherAnswers,
     batch: Batch,
     descriptors: tuple[Tensor, Tensor] | None,
     logits: Tensor,

@@ -18,7 +18,7 @@ from kglmatch.errors import ConfigError, DataError
 from kglmatch.models.config import KGLNetConfig
 from kglmatch.models.network import KGLNet
 from kglmatch.models.pretrained import load_model
-from kglmatch.training.batch_objective import Answers, ask, objective
+from kglmatch.training.batch_objective import TeacherAnswers, ask, objective
 from kglmatch.training.config import TrainingConfig
 from kglmatch.training.data import TrainingSet, load_training_data
 from kglmatch.training.parallel import join_processes, share_batch_norm
@@ -95,7 +95,7 @@ class Trainer:
 
         self.net = self._make_network(state)
         self.teacher = self._load_teacher()
-        self._kept_answers: dict[int, Answers] = {}
+        self._kept_answers: dict[int, TeacherAnswers] = {}
         training, self.validation = load_training_data(config, self.net.config.patch_size)
         self.sampler = self._make_sampler(training)
         self.average = AveragedModel(self.net, multi_avg_fn=_average_by(config.ema_decay), use_buffers=True)
@@ -213,16 +213,16 @@ class Trainer:
         self._summed += 1
         self.step += 1
 
-    def _answers(self, batch: Batch, number: int) -> Answers | None:
+    def _answers(self, batch: Batch, number: int) -> TeacherAnswers | None:
         """The teacher's, kept for when the batch comes again: rounded, so that every round has the same."""
         if self.teacher is None or not self.config.distinct_batches:
             return None
         kept = self._kept_answers.get(number)
         if kept is None:
-            kept = self._kept_answers[number] = Answers(
+            kept = self._kept_answers[number] = TeacherAnswers(
                 *(tensor.half() for tensor in ask(self.teacher, batch, self.config))
             )
-        return Answers(*(tensor.float() for tensor in kept))
+        return TeacherAnswers(*(tensor.float() for tensor in kept))
 
     def _rate_factor(self) -> float:
         steps = self.steps
