@@ -235,7 +235,13 @@ def test_pairs_whose_place_is_unconfirmed_are_replaced_by_others(modules, monkey
         lambda vis, ir, place: proof["Truth"](place, next(answers), "two methods"),
     )
     run = proof["Run"](tmp_path, ["kglmatch"], proof["MODELS"], known_truth=False)
-    options = {"strengths": ["small", "large"], "limit": 2, "unrelated": 1, "usable": run.is_confirmed}
+    options = {
+        "strengths": ["small", "large"],
+        "limit": 2,
+        "unrelated": 1,
+        "usable": run.is_confirmed,
+        "unlike": run.shows_two_scenes,
+    }
     tasks = make_tasks(tmp_path / "data", TEST, **options)
     assert len(tasks) == 2 * 2 + 1
     assert [row["confirmed"] for row in run.truths.rows] == [
@@ -246,6 +252,7 @@ def test_pairs_whose_place_is_unconfirmed_are_replaced_by_others(modules, monkey
     unconfirmed = run.truths.rows[1]["pair"]
     assert all(task.pair != unconfirmed for task in tasks if task.strength != "unrelated")
     # Resumed: nothing is looked for again.
+    monkeypatch.delitem(proof["Run"].shows_two_scenes.__globals__, "shows_two_scenes")
     assert [task.key for task in make_tasks(tmp_path / "data", TEST, **options)] == [t.key for t in tasks]
 
 

@@ -33,10 +33,10 @@ from typing import Any
 import contenders
 import numpy as np
 from calibration import fit, recalibrated, write_into_models
-from pairs import FIT, STRENGTHS, TEST, UNRELATED, Task, make_tasks, published, warped
+from pairs import FIT, STRENGTHS, TEST, UNRELATED, Task, make_tasks, published, shows_two_scenes, warped
 from patch_table import measure_patches
 from report import write_report
-from results import RESULTS, TRUTHS, Results, Row, read_lines
+from results import RESULTS, SCENES, TRUTHS, Results, Row, read_lines
 from truth import Truth, own_offset
 
 from kglmatch import Matcher, Registration
@@ -96,6 +96,7 @@ class Run:
     def __init__(self, out: Path, names: list[str], models: dict[str, str], known_truth: bool) -> None:
         self.results = Results(out / RESULTS, ("task", "contender"))
         self.truths = Results(out / TRUTHS, ("pair",))
+        self.scenes = Results(out / SCENES, ("task",))
         self._known_truth = known_truth
         self._models = models
         self._matchers: dict[str, Matcher] = {}
@@ -105,6 +106,12 @@ class Run:
     def is_confirmed(self, task: Task) -> bool:
         """Whether the true transform of a task's pair is known well enough to measure anything by it."""
         return self._known_truth or self._truth(task, *task.images()).confirmed
+
+    def shows_two_scenes(self, task: Task) -> bool:
+        """Whether the two pairs of an unrelated task show different scenes; looked for once."""
+        if (task.key,) not in self.scenes:
+            self.scenes.add([{"task": task.key, "two": shows_two_scenes(task)}])
+        return next(row["two"] for row in self.scenes.rows if row["task"] == task.key)
 
     def missing(self, task: Task) -> list[str]:
         """The contenders that have not been measured on a task."""
@@ -293,6 +300,7 @@ def main(argv: list[str] | None = None) -> int:
             limit=args.limit,
             unrelated=args.unrelated,
             usable=run.is_confirmed,
+            unlike=run.shows_two_scenes,
         )
         for task in progress([task for task in tasks if run.missing(task)]):
             run.measure(task)

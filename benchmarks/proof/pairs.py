@@ -163,6 +163,11 @@ def shows_same_place(a: Path, b: Path) -> bool:
     return int(inliers.sum()) >= COMMON
 
 
+def shows_two_scenes(task: Task) -> bool:
+    """Whether the visible images of the two pairs of an unrelated task show nothing in common."""
+    return not shows_same_place(task.vis.vis, task.ir.vis)
+
+
 def make_tasks(
     data: Path,
     sets: dict[str, list[Part]],
@@ -171,6 +176,7 @@ def make_tasks(
     limit: int | None = None,
     unrelated: int = 0,
     usable: Callable[[Task], bool] = lambda task: True,
+    unlike: Callable[[Task], bool] = shows_two_scenes,
 ) -> list[Task]:
     """The tasks of these sets: each pair at each strength, then pairs of images of different scenes.
 
@@ -179,6 +185,7 @@ def make_tasks(
         unrelated: pairs of each set that show nothing in common.
         usable: whether the pair of a task can be measured; asked, in an order as good as random, until
             there are enough.
+        unlike: whether the two pairs of a task show different scenes; asked as `usable` is.
     """
     tasks: list[Task] = []
     for name, parts in sets.items():
@@ -196,7 +203,7 @@ def make_tasks(
             if task.key in seen or vis.ir.parent != ir.ir.parent:
                 continue
             # Pictures of one walk, drive or flight may show the same place.
-            if not shows_same_place(vis.vis, ir.vis):
+            if unlike(task):
                 seen.add(task.key)
                 tasks.append(task)
     return sorted(tasks, key=lambda task: zlib.crc32(task.key.encode()))  # a part of a run is a fair sample

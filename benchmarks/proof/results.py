@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-RESULTS, TRUTHS = "results.jsonl", "truths.jsonl"
+RESULTS, TRUTHS, SCENES = "results.jsonl", "truths.jsonl", "scenes.jsonl"
 RIGHT = 5.0  # pixels: a registration that is nearer to the truth is right
 
 Row = dict[str, Any]
