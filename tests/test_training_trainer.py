@@ -576,6 +576,19 @@ def test_a_device_that_is_not_there_is_an_error(config, tmp_path):
         Trainer(config, tmp_path, device="cuda:99")
 
 
+def test_a_network_that_does_not_compile_names_the_way_out(config, tmp_path, monkeypatch):
+    def no_backend(graph, inputs):
+        raise AssertionError("32 v.s. 8192\nand much more")
+
+    monkeypatch.setattr(
+        "kglmatch.training.trainer.compile_network", lambda net: net.stem.compile(backend=no_backend)
+    )
+    monkeypatch.setattr("kglmatch.training.trainer.check_compiler", lambda device: None)
+    run = Trainer(dataclasses.replace(config, compile=True), tmp_path, device="cpu")
+    with pytest.raises(ConfigError, match=r"fails on this network \(.*32 v\.s\. 8192\); set compile = false"):
+        run.train(progress=False)
+
+
 def test_without_a_compiler_the_error_names_the_way_out(config, tmp_path, monkeypatch):
     def no_compiler(function, **options):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand much more")

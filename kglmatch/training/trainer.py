@@ -63,6 +63,7 @@ class Trainer:
 
     Raises:
         ConfigError: the folder's checkpoint belongs to other settings; `compile` without a compiler.
+            A network that does not compile is found out in the first step.
         DataError: no image pairs, or too few.
         WeightsError: a checkpoint or the initial model cannot be read.
         OutputError: the folder cannot be written.
@@ -198,7 +199,17 @@ class Trainer:
         number = self.step % self.config.distinct_batches if self.config.distinct_batches else self.step
         batch = self.sampler.batch(number)
         answers = self._answers(batch, number)
-        terms = objective(self.net, batch, self.config, self.step, self.processes, self.teacher, answers)
+        try:
+            terms = objective(self.net, batch, self.config, self.step, self.processes, self.teacher, answers)
+        except RuntimeError as error:
+            # The compiler's own error, of a type whose import takes seconds. PyTorch 2.11 compiles no light
+            # network for CUDA, though `check_compiler` found nothing wrong.
+            cause = getattr(error, "inner_exception", None)
+            if cause is None:
+                raise
+            raise ConfigError(
+                f"torch.compile fails on this network ({_first_line(cause)}); set compile = false"
+            ) from error
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self.scaler.scale(terms.total))
         self.processes.average_gradients(self.net)
@@ -529,10 +540,14 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(_probe)(x)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"torch.compile does not work here ({reason}); install a C++ compiler, or set compile = false"
+            f"torch.compile does not work here ({_first_line(error)}); install a C++ compiler, "
+            "or set compile = false"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _probe(x: torch.Tensor) -> torch.Tensor:
