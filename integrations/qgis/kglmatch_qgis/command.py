@@ -22,6 +22,7 @@ VARIABLE = "KGLMATCH"  # of the environment: the program
 PROGRAM = "kglmatch"
 MODELS = (
     "kglnet-vis-nir",
+    "kglnet-vis-nir-plus",
     "kglnet-vis-lwir",
     "kglnet-vis-sar",
     "kglnet-vis-nir-lite",
