@@ -111,7 +111,7 @@ class Run:
         """Whether the two pairs of an unrelated task show different scenes; looked for once."""
         if (task.key,) not in self.scenes:
             self.scenes.add([{"task": task.key, "two": shows_two_scenes(task)}])
-        return next(row["two"] for row in self.scenes.rows if row["task"] == task.key)
+        return bool(self.scenes[(task.key,)]["two"])
 
     def missing(self, task: Task) -> list[str]:
         """The contenders that have not been measured on a task."""
@@ -175,7 +175,7 @@ class Run:
             self.truths.add(
                 [{"pair": task.pair, **asdict(replace(found, transform=found.transform.tolist()))}]
             )
-        row = next(row for row in self.truths.rows if row["pair"] == task.pair)
+        row = self.truths[(task.pair,)]
         return Truth(np.array(row["transform"]), row["confirmed"], row["by"])
 
 

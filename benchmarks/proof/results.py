@@ -19,7 +19,7 @@ class Results:
         self.path = path
         self.keys = keys
         self.rows: list[Row] = read_lines(path)
-        self._known = {self._key(row) for row in self.rows}
+        self._known = {self._key(row): row for row in self.rows}
 
     def _key(self, row: Row) -> tuple[str, ...]:
         return tuple(str(row[key]) for key in self.keys)
@@ -27,13 +27,16 @@ class Results:
     def __contains__(self, key: tuple[str, ...]) -> bool:
         return key in self._known
 
+    def __getitem__(self, key: tuple[str, ...]) -> Row:
+        return self._known[key]
+
     def add(self, rows: list[Row]) -> None:
         """Appends lines, all of them in one piece."""
         text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text)
         self.rows += rows
-        self._known |= {self._key(row) for row in rows}
+        self._known |= {self._key(row): row for row in rows}
 
 
 def read_lines(path: Path) -> list[Row]:
