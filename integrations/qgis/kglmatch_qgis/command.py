@@ -28,6 +28,7 @@ MODELS = (
     "kglnet-vis-nir-lite",
     "kglnet-vis-lwir-lite",
     "kglnet-vis-sar-lite",
+    "kglnet-vis-nir-open",
 )
 KINDS = ("auto", "translation", "similarity", "affine", "homography")
 UNITS = ("pixels", "metres")
