@@ -19,6 +19,7 @@ KEYS = ("distance", "logit", "bias")
 SMALLEST = 1e-7
 
 _RIDGE = 1e-3
+_SIGNS = np.array([-1.0, 1.0])  # of distance and logit: nearer and likelier is a match
 _STEPS = 100
 
 
@@ -39,7 +40,8 @@ def fit_fusion(distances: ArrayLike, logits: ArrayLike, labels: ArrayLike) -> di
 
     Returns:
         ``{"distance": a, "logit": b, "bias": c}``, for ``config.inference["fusion"]``: the probability
-        of a match is the sigmoid of a * distance + b * logit + c.
+        of a match is the sigmoid of a * distance + b * logit + c, a at most 0 and b at least 0. Where one answer
+        separates the classes alone, a free fit may give the other the wrong sign; that one then counts nothing.
 
     Raises:
         DataError: shapes differ, values are not finite, or only one class is there.
@@ -47,7 +49,15 @@ def fit_fusion(distances: ArrayLike, logits: ArrayLike, labels: ArrayLike) -> di
     # Clipped as the scores will be that the fusion meets.
     largest = float(logits_of(1.0))
     distance, logit = _checked(distances, logits)
-    slopes, bias = _logistic(np.stack([distance, np.clip(logit, -largest, largest)], axis=1), labels)
+    inputs = np.stack([distance, np.clip(logit, -largest, largest)], axis=1)
+    slopes, bias, used = np.zeros(2), 0.0, np.arange(2)
+    while len(used):
+        found, offset = _logistic(inputs[:, used], labels)
+        wrong = found * _SIGNS[used] < 0
+        if not wrong.any():
+            slopes[used], bias = found, offset
+            break
+        used = used[~wrong]
     return {"distance": float(slopes[0]), "logit": float(slopes[1]), "bias": bias}
 
 

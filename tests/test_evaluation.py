@@ -597,6 +597,23 @@ def test_fusion_stays_finite_where_the_classes_are_apart() -> None:
     assert all(np.isfinite(v) for v in constant.values())
 
 
+def test_fusion_never_counts_an_answer_against_itself() -> None:
+    # The head separates all pairs but hardly the last, whose large distance a free fit takes for evidence of a match.
+    rng = np.random.default_rng(0)
+    labels = np.repeat([1, 0], 200)
+    logits = np.where(labels == 1, 6.0, -6.0) + rng.normal(0, 0.5, 400)
+    distances = np.where(labels == 1, 0.4, 1.2) + rng.normal(0, 0.05, 400)
+    logits[:20], distances[:20] = 0.2, 1.25
+    logits[200:220], distances[200:220] = -0.2, 0.9
+    fusion = fit_fusion(distances, logits, labels)
+    assert fusion["distance"] == 0.0
+    assert fusion["logit"] > 0
+    fused = fuse([0.4, 1.4], [0.8, 0.8], fusion)
+    assert fused[0] == fused[1]
+    turned = fit_fusion(-distances, -logits, labels)  # no answer is of use
+    assert (turned["distance"], turned["logit"], turned["bias"]) == (0.0, 0.0, 0.0)
+
+
 def test_fuse_takes_any_number_of_pairs() -> None:
     fusion = {"distance": -2.0, "logit": 1.0, "bias": 1.0}
     np.testing.assert_allclose(fuse([0.5, 0.5], [0.5, 0.9], fusion), [0.5, 0.9])

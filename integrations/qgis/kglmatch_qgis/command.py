@@ -29,6 +29,7 @@ MODELS = (
     "kglnet-vis-lwir-lite",
     "kglnet-vis-sar-lite",
     "kglnet-vis-nir-open",
+    "kglnet-vis-sar-open",
 )
 KINDS = ("auto", "translation", "similarity", "affine", "homography")
 UNITS = ("pixels", "metres")
