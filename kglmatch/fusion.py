@@ -40,8 +40,9 @@ def fit_fusion(distances: ArrayLike, logits: ArrayLike, labels: ArrayLike) -> di
 
     Returns:
         ``{"distance": a, "logit": b, "bias": c}``, for ``config.inference["fusion"]``: the probability
-        of a match is the sigmoid of a * distance + b * logit + c, a at most 0 and b at least 0. Where one answer
-        separates the classes alone, a free fit may give the other the wrong sign; that one then counts nothing.
+        of a match is the sigmoid of a * distance + b * logit + c, a at most 0 and b at least 0. Where one
+        answer separates the classes alone, a free fit may give the other the wrong sign; that one then
+        counts nothing.
 
     Raises:
         DataError: shapes differ, values are not finite, or only one class is there.

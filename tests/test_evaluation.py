@@ -598,7 +598,7 @@ def test_fusion_stays_finite_where_the_classes_are_apart() -> None:
 
 
 def test_fusion_never_counts_an_answer_against_itself() -> None:
-    # The head separates all pairs but hardly the last, whose large distance a free fit takes for evidence of a match.
+    # The head separates all pairs, and a free fit takes the large distance of the hardest for evidence.
     rng = np.random.default_rng(0)
     labels = np.repeat([1, 0], 200)
     logits = np.where(labels == 1, 6.0, -6.0) + rng.normal(0, 0.5, 400)
