@@ -26,6 +26,7 @@ MODELS = (
     "kglnet-vis-lwir",
     "kglnet-vis-sar",
     "kglnet-vis-nir-lite",
+    "kglnet-vis-nir-plus-lite",
     "kglnet-vis-lwir-lite",
     "kglnet-vis-sar-lite",
     "kglnet-vis-nir-open",
