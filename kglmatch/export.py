@@ -43,7 +43,16 @@ from kglmatch.models.files import (
     HEAD_FILE,
     PAIR_FILE,
 )
-from kglmatch.models.network import FRN, FRN_EPS, TLU, ConvBlock, DescriptorHead, KGLNet, MetricHead
+from kglmatch.models.network import (
+    FRN,
+    FRN_EPS,
+    TLU,
+    ConvBlock,
+    DescriptorHead,
+    KGLNet,
+    MetricHead,
+    compare_maps,
+)
 from kglmatch.options import __version__
 from kglmatch.quantization import quantize
 
@@ -353,6 +362,7 @@ class _MetricHead(nn.Module):
 
     def __init__(self, head: MetricHead, size: int, dtype: torch.dtype, opset: int) -> None:
         super().__init__()
+        self.has_product = head.has_product
         self.norm: nn.Module
         if head.norm is None:
             self.conv, self.norm, self.fc1 = (
@@ -371,7 +381,7 @@ class _MetricHead(nn.Module):
         self.register_buffer("fc3_bias", head.fc3.bias.clone())
 
     def forward(self, map_vis: Tensor, map_ir: Tensor) -> Tensor:
-        x = (map_vis - map_ir).abs().to(self.conv.weight.dtype)
+        x = compare_maps(map_vis, map_ir, self.has_product).to(self.conv.weight.dtype)
         x = self.norm(self.conv(x)).float().mean(dim=(2, 3))
         x = F.relu(self.fc2(F.relu(self.fc1(x))))
         # A product with a vector is (N,), where a layer of one unit would be (N, 1).
@@ -432,7 +442,7 @@ def _models(
     n = batch or 2
     patches = torch.zeros(n, 1, size, size)
     # Two tensors: one given twice would become one input.
-    channels = net.metric_head.conv.in_channels
+    channels = net.config.map_channels
     maps = {f"metric_map_{m}": torch.zeros(n, channels, map_size, map_size) for m in ENCODER_FILES}
     models: dict[str, onnx.ModelProto] = {}
     for modality, file in ENCODER_FILES.items():

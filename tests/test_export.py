@@ -50,7 +50,8 @@ def architectures() -> list[KGLNetConfig]:
         for a, split in itertools.product((True, False), SPLITS)
     ]
     mixed = [replace(paper, head_norm="none"), replace(paper, metric_trunk="descriptor")]
-    return [*of_the_paper, *one_trunk, *mixed]
+    product = [replace(one, head_input="difference-product") for one in (paper, one_trunk[0])]
+    return [*of_the_paper, *one_trunk, *mixed, *product]
 
 
 def compare_lean(net: KGLNet, opset: int) -> None:

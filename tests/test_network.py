@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -274,6 +275,27 @@ def test_a_head_without_frn_is_its_formula(one_trunk):
         assert not torch.allclose(one_trunk.score(2 * a, 2 * b), score, atol=1e-4)  # the size counts
     assert torch.allclose(score, expected, atol=1e-6)
     assert torch.equal(a, given[0]) and torch.equal(b, given[1])
+
+
+@pytest.mark.parametrize("norm", HEAD_NORMS)
+def test_a_head_that_reads_the_product_too(small, norm):
+    config = replace(small.config, head_norm=norm, head_input="difference-product")
+    head = random_net(config).metric_head
+    a, b = (torch.randn(3, CHANNELS[-1], 2, 2) for _ in range(2))
+    given = a.clone(), b.clone()
+    with torch.inference_mode():
+        logit = head(a, b)
+        x = F.conv2d(torch.cat([(a - b).abs(), a * b], 1), head.conv.weight, head.conv.bias, padding=1)
+        x = head.activation(x if head.norm is None else head.norm(x)).mean(dim=(2, 3))
+        expected = head.fc3(F.relu(head.fc2(F.relu(head.fc1(x))))).flatten()
+        assert torch.allclose(logit, head(b, a))
+        # The difference of -a and -b is that of b and a, and so is the product; that of a and -b is not.
+        assert torch.allclose(logit, head(-a, -b))
+        assert not torch.allclose(logit, head(a, -b), atol=1e-3)
+    assert torch.allclose(logit, expected, atol=1e-6)
+    assert torch.equal(a, given[0]) and torch.equal(b, given[1])
+    wider, plain = cost(config).score, cost(small.config).score
+    assert wider - plain == 9 * CHANNELS[-1] ** 2 * 2 * 2
 
 
 def test_names_of_the_parts():

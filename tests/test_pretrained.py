@@ -257,13 +257,18 @@ def test_save_into_a_file(matcher, tmp_path):
 
 # --- which maps the head reads --------------------------------------------------------------------
 
-MIXED = [("descriptor", "none"), ("own", "none"), ("descriptor", "frn")]
+MIXED = [
+    ("descriptor", "none", "difference"),
+    ("own", "none", "difference"),
+    ("descriptor", "frn", "difference"),
+    ("descriptor", "none", "difference-product"),
+]
 
 
-@pytest.mark.parametrize(("trunk", "norm"), MIXED)
-def test_every_kind_of_head_is_saved_and_loaded(monkeypatch, tmp_path, trunk, norm):
+@pytest.mark.parametrize(("trunk", "norm", "read"), MIXED)
+def test_every_kind_of_head_is_saved_and_loaded(monkeypatch, tmp_path, trunk, norm, read):
     make_thin(monkeypatch)
-    config = KGLNetConfig(patch_size=16, metric_trunk=trunk, head_norm=norm, ir_kind="sar")
+    config = KGLNetConfig(patch_size=16, metric_trunk=trunk, head_norm=norm, head_input=read, ir_kind="sar")
     net = KGLNet(config)
     Matcher(TorchBackend(net.state_dict(), config, device="cpu")).save_pretrained(tmp_path, half=False)
     assert json.loads((tmp_path / "config.json").read_text())["metric_trunk"] == trunk
@@ -278,12 +283,12 @@ def test_every_kind_of_head_is_saved_and_loaded(monkeypatch, tmp_path, trunk, no
 
 def test_a_configuration_without_the_fields_is_the_papers():
     values = json.loads(KGLNetConfig().to_json())
-    for name in ("metric_trunk", "head_norm"):
+    for name in ("metric_trunk", "head_norm", "head_input"):
         del values[name]
     assert KGLNetConfig.from_json(json.dumps(values)) == KGLNetConfig()
 
 
-@pytest.mark.parametrize("name", ["metric_trunk", "head_norm"])
+@pytest.mark.parametrize("name", ["metric_trunk", "head_norm", "head_input"])
 @pytest.mark.parametrize("value", ["nothing", None, 1, ["own"], ""])
 def test_no_such_head(name, value):
     text = json.dumps({"model_type": "kglnet", name: value})

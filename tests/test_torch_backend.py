@@ -12,9 +12,16 @@ from kglmatch.errors import BackendError, KGLMatchError
 from kglmatch.models.config import KGLNetConfig
 from kglmatch.models.network import KGLNet
 
-OWN, ONE_TRUNK = (
+OWN, ONE_TRUNK, PRODUCT = (
     KGLNetConfig(patch_size=16, channels=CHANNELS),
     KGLNetConfig(patch_size=16, channels=CHANNELS, metric_trunk="descriptor", head_norm="none"),
+    KGLNetConfig(
+        patch_size=16,
+        channels=CHANNELS,
+        metric_trunk="descriptor",
+        head_norm="none",
+        head_input="difference-product",
+    ),
 )
 
 
@@ -25,7 +32,7 @@ def thin():
         yield
 
 
-@pytest.fixture(scope="module", params=[OWN, ONE_TRUNK], ids=["own", "one-trunk"])
+@pytest.fixture(scope="module", params=[OWN, ONE_TRUNK, PRODUCT], ids=["own", "one-trunk", "product"])
 def config(request):
     return request.param
 

@@ -649,7 +649,8 @@ def test_a_fine_tuned_model_carries_what_was_measured_for_itself(config, parent,
 
 def test_another_metric_branch_starts_from_random_weights(config, parent, tmp_path):
     weights, _ = load_model(parent)
-    for number, network in enumerate(({"metric_trunk": "descriptor"}, {"head_norm": "none"})):
+    changed = {"metric_trunk": "descriptor"}, {"head_norm": "none"}, {"head_input": "difference-product"}
+    for number, network in enumerate(changed):
         start = dataclasses.replace(config, init=str(parent), network=network)
         net = Trainer(start, tmp_path / str(number), device="cpu").net
         for name, tensor in net.state_dict().items():

@@ -125,7 +125,7 @@ class TorchBackend:
         descriptors = torch.empty(n, self.config.descriptor_dim, device=self._device)
         metric_maps = (
             torch.empty(
-                (n, self._net.metric_head.conv.in_channels, size, size),
+                (n, self.config.map_channels, size, size),
                 dtype=DTYPES[self.dtype],
                 device=self._device,
                 memory_format=torch.channels_last,

@@ -22,6 +22,7 @@ SPLITS = (0, 2, 4, 6, 8)
 IR_KINDS = ("nir", "lwir", "sar", "other")
 METRIC_TRUNKS = ("own", "descriptor")
 HEAD_NORMS = ("frn", "none")
+HEAD_INPUTS = ("difference", "difference-product")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class KGLNetConfig:
             paper's), or those of the "descriptor" trunk; then there is no metric trunk, and
             `metric_siamese` says nothing.
         head_norm: normalisation after the metric head's convolution: "frn" (the paper's) or "none".
+        head_input: what the metric head sees of two maps: their absolute "difference" (the paper's), or
+            "difference-product", with the product beside it, which makes its convolution twice as wide.
         ir_kind: what the second sensor was in training: "nir", "lwir", "sar" or "other".
         inference: defaults that were measured for these weights (keypoint detector and so on);
             they travel with the weights and change no number of the network.
@@ -64,6 +67,7 @@ class KGLNetConfig:
     strides: tuple[int, ...] = field(default_factory=lambda: STRIDES)
     metric_trunk: str = "own"
     head_norm: str = "frn"
+    head_input: str = "difference"
     ir_kind: str = "nir"
     inference: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -88,6 +92,7 @@ class KGLNetConfig:
             ("ir_kind", IR_KINDS),
             ("metric_trunk", METRIC_TRUNKS),
             ("head_norm", HEAD_NORMS),
+            ("head_input", HEAD_INPUTS),
         ):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")

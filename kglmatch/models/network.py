@@ -195,8 +195,19 @@ class DescriptorHead(nn.Module):
         return raw.flatten(1)
 
 
+def compare_maps(map_vis: Tensor, map_ir: Tensor, with_product: bool) -> Tensor:
+    """What the metric head's convolution reads.
+
+    Shape: (N, C, S, S), (N, C, S, S) -> (N, C, S, S), or with the product (N, 2 C, S, S)
+    """
+    difference = (map_vis - map_ir).abs()
+    return torch.cat([difference, map_vis * map_ir], 1) if with_product else difference
+
+
 class MetricHead(nn.Module):
     """A pair of metric maps -> the logit of "these two patches match", row by row.
+
+    It reads their absolute difference, and with `head_input="difference-product"` their product as well.
 
     FRN divides by the size of the difference, which is itself evidence; `head_norm="none"` keeps it.
 
@@ -206,7 +217,8 @@ class MetricHead(nn.Module):
     def __init__(self, config: KGLNetConfig) -> None:
         super().__init__()
         channels = config.map_channels
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.has_product = config.head_input == "difference-product"
+        self.conv = nn.Conv2d((1 + self.has_product) * channels, channels, 3, padding=1)
         self.norm = FRN(channels) if config.head_norm == "frn" else None
         self.activation = TLU(channels)
         self.fc1 = nn.Linear(channels, 512)
@@ -214,7 +226,7 @@ class MetricHead(nn.Module):
         self.fc3 = nn.Linear(256, 1)
 
     def forward(self, map_vis: Tensor, map_ir: Tensor) -> Tensor:
-        x = self.conv((map_vis - map_ir).abs())
+        x = self.conv(compare_maps(map_vis, map_ir, self.has_product))
         x = self.activation(x) if self.norm is None else normalize_activate(x, self.norm, self.activation)
         x = x.float().mean(dim=(2, 3)).to(x.dtype)
         logit: Tensor = self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))

@@ -37,6 +37,7 @@ _TIMED_SHARE = 0.02
 # The descriptor loss is a sum over the batch; with PyTorch's 65536 the first steps overflow float16.
 _FIRST_LOSS_SCALE = 64.0
 # Of the objective, as the log calls them.
+_METRIC_BRANCH = ("metric_trunk", "head_norm", "head_input")  # keys of KGLNetConfig
 _TERMS = ("descriptor", "guided", "metric", "distillation", "total")
 # Settings that a resumed run may change, since its weights do not depend on them.
 _FREE_SETTINGS = ("compile", "log_every", "checkpoint_every")
@@ -479,7 +480,7 @@ def _load_shared(net: KGLNet, weights: Mapping[str, torch.Tensor], parent: KGLNe
         ConfigError: an architecture that differs elsewhere.
     """
     ours = net.config
-    branch = tuple(getattr(ours, key) != getattr(parent, key) for key in ("metric_trunk", "head_norm"))
+    branch = tuple(getattr(ours, key) != getattr(parent, key) for key in _METRIC_BRANCH)
     state = net.state_dict()
     taken = {
         key: value
@@ -492,7 +493,7 @@ def _load_shared(net: KGLNet, weights: Mapping[str, torch.Tensor], parent: KGLNe
             f"{key} {there[key]!r} -> {asked[key]!r}" for key in asked if asked[key] != there[key]
         )
         raise ConfigError(
-            f"the weights of `init` do not fit [network] ({changes}); only metric_trunk and head_norm "
+            f"the weights of `init` do not fit [network] ({changes}); only {', '.join(_METRIC_BRANCH)} "
             "may change"
         )
     net.load_state_dict(state | taken)
