@@ -561,6 +561,23 @@ def test_a_foreign_graph(folder, graph):
         load(folder)
 
 
+def test_graphs_of_a_version_with_fewer_settings(folder):
+    values = json.loads((folder / "config.json").read_text())
+    for path in folder.glob("*.onnx"):
+        meta = {p.key: p.value for p in onnx.load(path).metadata_props}
+        architecture = json.loads(meta["kglmatch.architecture"])
+        assert architecture.pop("head_input") == "difference"
+        set_metadata(path, architecture=json.dumps(architecture))
+    expected = load(folder).config
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if k != "head_input"}))
+    assert load(folder).config == expected
+    (folder / "config.json").write_text(json.dumps({**values, "head_input": "difference-product"}))
+    with pytest.raises(
+        WeightsError, match="head_input is 'difference' in the graph and 'difference-product'"
+    ):
+        load(folder)
+
+
 def test_a_configuration_of_another_model(folder):
     path = folder / "config.json"
     values = json.loads(path.read_text())

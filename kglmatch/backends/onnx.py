@@ -561,15 +561,16 @@ def _check_graph(session: Session, path: Path, config: KGLNetConfig) -> tuple[st
     meta = session.get_modelmeta().custom_metadata_map
     try:
         file, weights, dtype = (meta[f"kglmatch.{key}"] for key in ("graph", "weights", "dtype"))
-        exported = json.loads(meta["kglmatch.architecture"])
-    except (KeyError, json.JSONDecodeError) as error:
+        # What an older version did not know was at its default, as in config.json.
+        exported = {**KGLNetConfig().architecture(), **json.loads(meta["kglmatch.architecture"])}
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path} is not a graph that kglmatch export --onnx wrote") from error
     if file != path.name:
         raise WeightsError(f"{path} is {file} under another name; give it its own, or export again")
     for key, value in config.architecture().items():
-        if exported.get(key) != value:
+        if exported[key] != value:
             raise WeightsError(
-                f"{path} does not fit {CONFIG_FILE}: {key} is {exported.get(key)!r} in the graph and "
+                f"{path} does not fit {CONFIG_FILE}: {key} is {exported[key]!r} in the graph and "
                 f"{value!r} in the configuration; keep the files of one export together"
             )
     return weights, dtype
