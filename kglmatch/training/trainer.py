@@ -36,8 +36,9 @@ _COMPILING_STEPS = 2
 _TIMED_SHARE = 0.02
 # The descriptor loss is a sum over the batch; with PyTorch's 65536 the first steps overflow float16.
 _FIRST_LOSS_SCALE = 64.0
+# Keys of KGLNetConfig that may differ from those of `init`.
+_METRIC_BRANCH = ("metric_trunk", "head_norm", "head_input")
 # Of the objective, as the log calls them.
-_METRIC_BRANCH = ("metric_trunk", "head_norm", "head_input")  # keys of KGLNetConfig
 _TERMS = ("descriptor", "guided", "metric", "distillation", "total")
 # Settings that a resumed run may change, since its weights do not depend on them.
 _FREE_SETTINGS = ("compile", "log_every", "checkpoint_every")
