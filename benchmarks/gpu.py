@@ -7,13 +7,16 @@
 Describing is timed for every backend and precision, with patches and descriptors on the host. The rates are
 measured in the same run: the product of two matrices in the same precision, and a copy within the device's
 memory. A convolution cannot do more multiplications per second than the product; of the copy, the share
-counts each map of a descriptor once written and once read.
+counts each map of a descriptor once written and once read. A pair of images is matched and registered on
+the device and on the CPU beside it: detecting, aligning and verifying run on the CPU in any case.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import operator
 import platform
 import statistics
 import tempfile
@@ -25,15 +28,14 @@ import numpy as np
 import onnxruntime
 import torch
 
-from kglmatch import KGLMatchError, Matcher, __version__
-from kglmatch.models.config import CHANNELS, KGLNetConfig
+from kglmatch import KGLMatchError, Matcher, __version__, load_image
+from kglmatch.models.config import KGLNetConfig
 from kglmatch.models.cost import cost
 
+DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 DTYPES = ("float32", "float16", "bfloat16")
 COPY_BYTES = 2**28
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-# The sizes of the maps that the blocks of stem and trunk write, relative to the patch.
-REDUCTION = (1, 1, 2, 2, 4, 4, 8, 8)
 
 
 def synchronize(device: str) -> None:
@@ -70,9 +72,10 @@ def copy_rate(device: str, seconds: float, size: int = COPY_BYTES) -> float:
 
 def map_values(config: KGLNetConfig) -> int:
     """Numbers in the maps that the convolutions of a descriptor write, each once."""
+    reductions = itertools.accumulate(config.strides, operator.mul)
     return sum(
         channels * (config.patch_size // reduction) ** 2
-        for channels, reduction in zip(CHANNELS, REDUCTION, strict=True)
+        for channels, reduction in zip(config.channels, reductions, strict=True)
     )
 
 
@@ -101,8 +104,21 @@ def contenders(model: str, device: str, folder: Path, onnx: bool) -> dict[tuple[
     return found
 
 
+def pair_seconds(by: Matcher, images: list[np.ndarray], args: argparse.Namespace) -> dict[str, float]:
+    """Seconds to match and to register a pair of images."""
+
+    def match() -> None:
+        by.match_images(*images, max_keypoints=args.keypoints)
+
+    def register() -> None:
+        by.register(*images)
+
+    return {f"{run.__name__}_seconds": 1 / rate(run, args.device, args.seconds) for run in (match, register)}
+
+
 def measure(args: argparse.Namespace) -> dict[str, object]:
     device = args.device
+    images = [load_image(path) for path in args.images]
     rng = np.random.default_rng(0)
     rows: list[dict[str, object]] = []
     copied = copy_rate(device, args.seconds, COPY_BYTES if device.startswith("cuda") else COPY_BYTES // 16)
@@ -124,6 +140,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
             row["of_product"] = calls * args.patches * cost(by.config).descriptor / products[dtype]
             moved = 2 * map_values(by.config) * BYTES[dtype]  # written by one convolution, read by the next
             row["of_copy"] = calls * args.patches * moved / copied
+            row |= pair_seconds(by, images, args)
+    cpu = Matcher.from_pretrained(args.model, device="cpu", dtype="float32")
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
         "versions": {
@@ -133,6 +151,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
             "onnxruntime": onnxruntime.__version__,
         },
         "patches": args.patches,
+        "keypoints": args.keypoints,
+        "on_the_cpu": pair_seconds(cpu, images, args),
         "products_per_second": products,
         "copied_bytes_per_second": copied,
         "rows": rows,
@@ -143,7 +163,8 @@ def print_table(report: dict) -> None:
     products = ", ".join(f"{k} {2 * v / 1e12:.2f} TFLOP/s" for k, v in report["products_per_second"].items())
     print(f"{report['device']}; {report['patches']} patches at once")
     print(f"matrix product: {products}; copy: {report['copied_bytes_per_second'] / 1e9:.0f} GB/s")
-    print(f"\n{'':24}{'patches/s':>12}{'scores/s':>12}{'of product':>12}{'of copy':>10}")
+    columns = f"{'patches/s':>12}{'scores/s':>12}{'of product':>12}{'of copy':>10}"
+    print(f"\n{'':24}{columns}{'match':>10}{'register':>10}")
     for row in report["rows"]:
         name = f"{row['backend']} {row['dtype']}"
         if "problem" in row:
@@ -151,8 +172,14 @@ def print_table(report: dict) -> None:
             continue
         print(
             f"{name:24}{row['patches_per_second']:12.0f}{row['scores_per_second']:12.0f}"
-            f"{row['of_product']:12.1%}{row['of_copy']:10.1%}"
+            f"{row['of_product']:12.1%}{row['of_copy']:10.1%}{pair_columns(row)}"
         )
+    print(f"{'PyTorch float32, CPU':70}{pair_columns(report['on_the_cpu'])}")
+    print(f"match: one pair of images, {report['keypoints']} keypoints a side; register: the same pair")
+
+
+def pair_columns(row: dict) -> str:
+    return f"{row['match_seconds']:8.3f} s{row['register_seconds']:8.3f} s"
 
 
 def main() -> None:
@@ -160,6 +187,14 @@ def main() -> None:
     parser.add_argument("--model", default="kglnet-vis-nir")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--patches", type=int, default=4096, help="at once (default: 4096)")
+    parser.add_argument(
+        "--images",
+        nargs=2,
+        metavar=("VIS", "IR"),
+        default=[DATA / "sentinel2_red.tif", DATA / "sentinel2_nir.tif"],
+        help="to match and to register (default: the example pair)",
+    )
+    parser.add_argument("--keypoints", type=int, default=2048, help="a side (default: 2048)")
     parser.add_argument("--seconds", type=float, default=10, help="for each figure (default: 10)")
     parser.add_argument("--no-onnx", action="store_true", help="leave onnxruntime out")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -172,7 +172,7 @@ def test_many(run, monkeypatch):
 
 def test_gpu_on_the_cpu(run, monkeypatch):
     make_thin(monkeypatch)
-    small = ("--device", "cpu", "--patches", 2, "--seconds", 0, "--no-onnx")
+    small = ("--device", "cpu", "--patches", 2, "--seconds", 0, "--no-onnx", "--keypoints", 8)
     monkeypatch.setattr("kglmatch.matcher.load_files", lambda files: thin_state())
     report = json.loads(run("gpu.py", *small, "--json"))
     assert [(row["backend"], row["dtype"]) for row in report["rows"]] == [
@@ -181,6 +181,8 @@ def test_gpu_on_the_cpu(run, monkeypatch):
     for row in report["rows"]:
         assert row["patches_per_second"] > 0 and row["scores_per_second"] > 0
         assert row["of_product"] > 0 and row["of_copy"] > 0
+    for row in (*report["rows"], report["on_the_cpu"]):
+        assert row["match_seconds"] > 0 and row["register_seconds"] > 0
 
 
 def test_gpu_without_one_says_so(run, monkeypatch, capsys):

@@ -22,6 +22,7 @@ from kglmatch.errors import BackendError, ConfigError, DataError, OutputError, W
 from kglmatch.evaluation.metrics import fpr_at_recall
 from kglmatch.fusion import fit_fusion, fuse
 from kglmatch.models.config import KGLNetConfig
+from kglmatch.models.network import KGLNet
 from kglmatch.models.pretrained import load_model, save_model
 from kglmatch.training import (
     Augmentation,
@@ -574,6 +575,16 @@ def test_a_folder_that_cannot_be_written_is_an_error(config, tmp_path):
 def test_a_device_that_is_not_there_is_an_error(config, tmp_path):
     with pytest.raises(BackendError, match="cuda:99"):
         Trainer(config, tmp_path, device="cuda:99")
+
+
+@pytest.mark.parametrize(("known", "asked"), [(["a", "triton.mix_order_reduction"], False), (["a"], None)])
+def test_what_fails_in_the_compiler_is_switched_off_where_it_exists(known, asked, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("torch._inductor.list_options", lambda: known)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled.append(how["options"]))
+    trainer_module.compile_network(KGLNet(KGLNetConfig(metric_trunk="descriptor")))
+    assert len(compiled) == 3  # stem, trunk, head
+    assert {options.get("triton.mix_order_reduction") for options in compiled} == {asked}
 
 
 def test_a_network_that_does_not_compile_names_the_way_out(config, tmp_path, monkeypatch):

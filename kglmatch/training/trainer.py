@@ -40,6 +40,9 @@ _FIRST_LOSS_SCALE = 64.0
 _METRIC_BRANCH = ("metric_trunk", "head_norm", "head_input")
 # Of the objective, as the log calls them.
 _TERMS = ("descriptor", "guided", "metric", "distillation", "total")
+# Fusing reductions over different axes fails an assertion of PyTorch 2.11's compiler on CUDA: with light
+# networks, and with full ones at some batch sizes.
+_COMPILER_OPTIONS = {"triton.mix_order_reduction": False}
 # Settings that a resumed run may change, since its weights do not depend on them.
 _FREE_SETTINGS = ("compile", "log_every", "checkpoint_every")
 
@@ -204,8 +207,8 @@ class Trainer:
         try:
             terms = objective(self.net, batch, self.config, self.step, self.processes, self.teacher, answers)
         except RuntimeError as error:
-            # The compiler's own error, of a type whose import takes seconds. PyTorch 2.11 compiles no light
-            # network for CUDA, though `check_compiler` found nothing wrong.
+            # The compiler's own error, of a type whose import takes seconds: it can fail on a network though
+            # `check_compiler` found nothing wrong.
             cause = getattr(error, "inner_exception", None)
             if cause is None:
                 raise
@@ -531,9 +534,14 @@ def _average_by(decay: float) -> Callable[..., None]:
 
 def compile_network(net: KGLNet) -> None:
     """Compiles what takes the time: stems, trunks and metric head, in place. Names of weights stay."""
+    # Its import takes seconds.
+    from torch._inductor import list_options
+
+    known = list_options()  # an unknown one is an error
+    options = {key: value for key, value in _COMPILER_OPTIONS.items() if key in known}
     for part in (net.stem, net.descriptor_trunk, net.metric_trunk, net.metric_head):
         if part is not None:
-            part.compile(dynamic=False)
+            part.compile(dynamic=False, options=options)
 
 
 def check_compiler(device: torch.device) -> None:
