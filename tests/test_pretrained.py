@@ -108,6 +108,13 @@ def test_two_revisions():
         resolve("owner/name@v1", HubOptions(revision="v2"))
 
 
+@pytest.mark.parametrize("name", list_pretrained())
+def test_bundled_models_find_keypoints_alike(name):
+    """Which detector finds what another sensor shows as well depends on the sensors, not on the network."""
+    _, config = load_model(name)
+    assert config.inference["detector"] == "structure"
+
+
 # --- damaged and foreign files ----------------------------------------------------------------
 
 

@@ -55,7 +55,7 @@ def main() -> None:
     except DataError as error:
         raise SystemExit(str(error)) from error
     names = list(dict.fromkeys(name for records in found.values() for r in records for name in r["sets"]))
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     for marker, records in zip("os^vDP*X" * len(found), found.values(), strict=False):
         for i, name in enumerate(names):
@@ -73,7 +73,7 @@ def main() -> None:
             axes.plot([], [], line, color=f"C{i}", label=f"{name}, {output}")
     axes.set(xlabel="thousand pairs seen", ylabel="FPR95 on validation images, %", yscale="log")
     axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "validation"}):
         figure.savefig(args.output, metadata={"Date": None} if args.output.suffix == ".svg" else None)
     print(f"wrote {args.output}")
