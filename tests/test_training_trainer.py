@@ -35,7 +35,7 @@ from kglmatch.training import (
 )
 from kglmatch.training import trainer as trainer_module
 from kglmatch.training.run_folder import RunFolder, load_checkpoint
-from kglmatch.training.validation import answer, calibrated
+from kglmatch.training.validation import Validation, answer, calibrated
 
 NETWORK = {"patch_size": 16, "descriptor_dim": 8}
 
@@ -390,6 +390,22 @@ def test_the_log_is_cut_at_the_checkpoint(tmp_path):
 
 
 # --- settings that change ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("merits", "kept"),
+    [([0.001, 0.004, 0.002], 3), ([0.001, 0.004, 0.02], 2), ([0.4, 0.1, 0.2], 2), ([0.3, 0.2, 0.1], 3)],
+)
+def test_of_models_as_good_as_each_other_the_later_is_kept(merits, kept, config, tmp_path, monkeypatch):
+    left = iter(merits)
+
+    def measured(net, sets):
+        figures = {"descriptor_errors": next(left), "metric_errors": 0.0}
+        return Validation({}, figures, {}, "metric", (1.0, 0.0))
+
+    monkeypatch.setattr(trainer_module, "validate", measured)
+    run = Trainer(dataclasses.replace(config, steps=3, validate_every=1), tmp_path, device="cpu")
+    assert run.train(progress=False)["step"] == kept
 
 
 def test_another_run_in_the_same_folder_is_an_error(config, unbroken):

@@ -36,6 +36,9 @@ _COMPILING_STEPS = 2
 _TIMED_SHARE = 0.02
 # The descriptor loss is a sum over the batch; with PyTorch's 65536 the first steps overflow float16.
 _FIRST_LOSS_SCALE = 64.0
+# Digits of a merit, in percent, that decide. Of models as good as each other the later one has seen more
+# pairs, at a lower rate: images that are told apart without a mistake would else keep any of them.
+_MERIT_DIGITS = 2
 # Keys of KGLNetConfig that may differ from those of `init`.
 _METRIC_BRANCH = ("metric_trunk", "head_norm", "head_input")
 # Of the objective, as the log calls them.
@@ -54,8 +57,9 @@ class Trainer:
     unbroken run, bit for bit: batches, augmentation and random negatives depend on the step alone, and
     the checkpoint holds the rest. On CUDA cuDNN is held to its deterministic algorithms.
 
-    `model/` is the model that was best on the validation images so far: the weights averaged over
-    steps, as float16, with fusion, decision and calibration fitted on these images.
+    `model/` is the model that was best on the validation images so far, of equals (to a hundredth of a
+    percent) the later one: the weights averaged over steps, as float16, with fusion, decision and
+    calibration fitted on these images.
 
     Args:
         config: the run.
@@ -328,7 +332,9 @@ class Trainer:
             pairs = self.step * self.sampler.batch_size
             self.folder.log({"step": self.step, "pairs": pairs, "validation": found.mean, "sets": found.sets})
             self._say(f"step {self.step}: {', '.join(f'{k} {v:.4g}' for k, v in found.mean.items())}")
-            improved = self.best is None or found.merit < self.best["merit"]
+            improved = self.best is None or (
+                round(found.merit, _MERIT_DIGITS) <= round(self.best["merit"], _MERIT_DIGITS)
+            )
             if improved:
                 self.best = {"step": float(self.step), "merit": found.merit, **found.mean}
                 state = {k: v.detach().to("cpu", copy=True) for k, v in net.state_dict().items()}
