@@ -26,10 +26,10 @@ MODELS = (
     "kglnet-vis-lwir",
     "kglnet-vis-sar",
     "kglnet-vis-nir-lite",
-    "kglnet-vis-nir-plus-lite",
     "kglnet-vis-lwir-lite",
     "kglnet-vis-sar-lite",
     "kglnet-vis-nir-open",
+    "kglnet-vis-nir-open-lite",
     "kglnet-vis-sar-open",
 )
 KINDS = ("auto", "translation", "similarity", "affine", "homography")
