@@ -106,14 +106,11 @@ def contenders(model: str, device: str, folder: Path, onnx: bool) -> dict[tuple[
 
 def pair_seconds(by: Matcher, images: list[np.ndarray], args: argparse.Namespace) -> dict[str, float]:
     """Seconds to match and to register a pair of images."""
-
-    def match() -> None:
-        by.match_images(*images, max_keypoints=args.keypoints)
-
-    def register() -> None:
-        by.register(*images)
-
-    return {f"{run.__name__}_seconds": 1 / rate(run, args.device, args.seconds) for run in (match, register)}
+    runs: dict[str, Callable[[], object]] = {
+        "match_seconds": lambda: by.match_images(*images, max_keypoints=args.keypoints),
+        "register_seconds": lambda: by.register(*images),
+    }
+    return {name: 1 / rate(run, args.device, args.seconds) for name, run in runs.items()}
 
 
 def measure(args: argparse.Namespace) -> dict[str, object]:

@@ -389,9 +389,6 @@ def test_the_log_is_cut_at_the_checkpoint(tmp_path):
     assert log_of(tmp_path) == []
 
 
-# --- settings that change ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("merits", "kept"),
     [([0.001, 0.004, 0.002], 3), ([0.001, 0.004, 0.02], 2), ([0.4, 0.1, 0.2], 2), ([0.3, 0.2, 0.1], 3)],
@@ -406,6 +403,9 @@ def test_of_models_as_good_as_each_other_the_later_is_kept(merits, kept, config,
     monkeypatch.setattr(trainer_module, "validate", measured)
     run = Trainer(dataclasses.replace(config, steps=3, validate_every=1), tmp_path, device="cpu")
     assert run.train(progress=False)["step"] == kept
+
+
+# --- settings that change ---------------------------------------------------------------------
 
 
 def test_another_run_in_the_same_folder_is_an_error(config, unbroken):
