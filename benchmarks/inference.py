@@ -75,8 +75,9 @@ def plain_maps(net: KGLNet, x: Tensor, modality: str) -> Tensor:
 
 def plain_scores(net: KGLNet, vis: Tensor, ir: Tensor) -> Tensor:
     head = net.metric_head
-    x = torch.abs(plain_maps(net, vis, "vis") - plain_maps(net, ir, "ir"))
-    x = head.conv(x)
+    a, b = plain_maps(net, vis, "vis"), plain_maps(net, ir, "ir")
+    x = torch.abs(a - b)
+    x = head.conv(torch.cat([x, a * b], dim=1) if net.config.head_has_product else x)
     x = head.activation(x) if head.norm is None else plain_frn_tlu(x, head.norm, head.activation)
     x = F.adaptive_avg_pool2d(x, 1).flatten(1)
     return torch.sigmoid(head.fc3(F.relu(head.fc2(F.relu(head.fc1(x))))))

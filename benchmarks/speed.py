@@ -9,7 +9,8 @@
 All take turns on one pair, so that other load of the machine affects them alike. Wall and processor time are
 given, medians over the rounds, and the ratio of processor times to that of OpenCV's SIFT with MAGSAC++. What
 is only fast is not worth much: `benchmarks/proof` says who is right.
-The rates of a matrix product and of a copy are the machine's, measured in the same run.
+The network as published, in eager PyTorch, describes the same patches; the rates of a matrix product and of a
+copy are the machine's.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import inference
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "proof"))
 import contenders
 
-from kglmatch import Matcher, extract_patches, load_image
+from kglmatch import KGLNetConfig, Matcher, extract_patches, load_image
 from kglmatch.errors import KGLMatchError
 from kglmatch.models.cost import cost
+from kglmatch.models.network import KGLNet
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 LIMITS: dict[str, dict[str, float]] = {
@@ -81,6 +85,22 @@ def ours(
     return {name + called: run for name, run in runs.items()}
 
 
+def published(patches: np.ndarray) -> Contender:
+    """Descriptors and metric maps of patches by the published network in eager PyTorch, 64 at once.
+
+    Its speed depends on the architecture alone, so that its weights are random.
+    """
+    net = KGLNet(KGLNetConfig()).eval()
+
+    @torch.no_grad()
+    def run() -> None:
+        for batch in torch.from_numpy(patches)[:, None].split(64):
+            inference.plain_descriptors(net, batch, "vis")
+            inference.plain_maps(net, batch, "vis")
+
+    return run
+
+
 def baselines(names: list[str], vis: np.ndarray, ir: np.ndarray) -> tuple[dict[str, Contender], list[str]]:
     """Other matchers, each with the transform that its matches agree on, and why some cannot be measured."""
     runs: dict[str, Contender] = {}
@@ -122,6 +142,9 @@ def main() -> None:
             runs |= ours(matcher, vis, ir, args.max_keypoints, "" if alone else f" ({model}, {backend})")
     except KGLMatchError as error:
         raise SystemExit(str(error)) from error
+    points = matcher.extract(vis, "vis", max_keypoints=args.max_keypoints).keypoints
+    patches = extract_patches(vis, points, patch_size=KGLNetConfig().patch_size)
+    runs[f"describe {len(patches)} patches, published network"] = published(patches)
     others, missing = baselines(args.baselines, vis, ir)
     runs |= others
     cv2.setNumThreads(cv2.getNumberOfCPUs() if args.threads is None else args.threads)

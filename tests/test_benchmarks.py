@@ -68,6 +68,12 @@ def test_inference(run, matcher, exported, tmp_path):
     assert all(row["pairs_per_second"] > 0 for row in report["contenders"])
 
 
+def test_inference_of_a_head_that_sees_the_product(run):
+    arguments = ("--no-onnx", "--pairs", 2, "--seconds", 0, "--json")
+    report = json.loads(run("inference.py", "--model", "kglnet-vis-lwir-lite", *arguments))
+    assert len(report["contenders"]) == 2
+
+
 def test_training(run, monkeypatch):
     make_thin(monkeypatch)
     report = json.loads(run("training.py", "--pairs", 4, "--seconds", 0, "--eager", "--json"))
@@ -220,6 +226,7 @@ def test_speed(run, matcher, pairs, tmp_path):
     assert all(seconds > 0 for clock in ("cpu", "wall") for seconds in report[clock].values())
     narrow, wide = (report["cpu"][name] for name in ("register", "register, any rotation and a factor of 2"))
     assert wide > narrow
-    assert any(name.startswith("describe ") for name in report["cpu"])
+    assert sum(name.startswith("describe ") for name in report["cpu"]) == 2
+    assert any(name.endswith("patches, published network") for name in report["cpu"])
     assert any(name.startswith("score ") for name in report["cpu"])
     assert len(report["missing"]) == 1 and "'nobody'" in report["missing"][0]

@@ -125,6 +125,16 @@ class KGLNetConfig:
         """Channels of a metric map: 256 in the paper's network."""
         return self.channels[-1]
 
+    @property
+    def head_has_product(self) -> bool:
+        """Whether the metric head sees the product of the two maps beside their difference."""
+        return self.head_input == "difference-product"
+
+    @property
+    def head_channels(self) -> int:
+        """Channels of what the metric head sees of two maps."""
+        return self.map_channels * (2 if self.head_has_product else 1)
+
     def architecture(self) -> dict[str, Any]:
         """What decides the network's numbers, as the plain values of JSON; `inference` does not."""
         values = dataclasses.asdict(self) | {"channels": list(self.channels), "strides": list(self.strides)}

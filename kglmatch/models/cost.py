@@ -44,7 +44,7 @@ def cost(config: KGLNetConfig) -> Cost:
     return Cost(
         descriptor,
         descriptor + (trunk if config.metric_trunk == "own" else 0),
-        9 * config.map_channels**2 * area * (2 if config.head_input == "difference-product" else 1) + linear,
+        9 * config.head_channels * config.map_channels * area + linear,
     )
 
 

@@ -217,8 +217,8 @@ class MetricHead(nn.Module):
     def __init__(self, config: KGLNetConfig) -> None:
         super().__init__()
         channels = config.map_channels
-        self.has_product = config.head_input == "difference-product"
-        self.conv = nn.Conv2d((1 + self.has_product) * channels, channels, 3, padding=1)
+        self.has_product = config.head_has_product
+        self.conv = nn.Conv2d(config.head_channels, channels, 3, padding=1)
         self.norm = FRN(channels) if config.head_norm == "frn" else None
         self.activation = TLU(channels)
         self.fc1 = nn.Linear(channels, 512)
