@@ -142,7 +142,7 @@ def test_align_bridges_two_resolutions(scene):
 def test_coarse_search_bridges_resolutions_far_apart(scene, size):
     small = other_sensor(cv2.resize(scene, size, interpolation=cv2.INTER_AREA))
     true = resize_matrix(size[0] / 320, size[1] / 256)
-    best = coarse.search(scene, small, Limits(max_rotation=6, max_scale=1.1))[0]
+    best = next(coarse.search(scene, small, Limits(max_rotation=6, max_scale=1.1))).transform
     error = corner_error(best, true, (320, 256))
     assert error < 0.02 * size[0]
 
@@ -368,4 +368,4 @@ def test_no_start_is_more_general_than_the_kind(kind):
 def test_limits_of_no_turn_and_one_scale_are_kept_by_the_search(scene):
     turned = cv2.warpAffine(scene, np.array([[1.02, 0.02, 3.0], [-0.02, 1.02, 2.0]]), scene.shape[::-1])
     for start in coarse.search(scene, other_sensor(turned), Limits(max_rotation=0, max_scale=1)):
-        np.testing.assert_allclose(start[:2, :2], np.eye(2), atol=1e-9)
+        np.testing.assert_allclose(start.transform[:2, :2], np.eye(2), atol=1e-9)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kglmatch.geometry import similarity_about
+from kglmatch.geometry import corner_error, similarity_about
 from kglmatch.registration.limits import SAME_SCALE, Limits, nominal_scales
 from kglmatch.registration.masks import Masks, clear_of_edges
-from kglmatch.registration.structure import GlobalCorrelator, structure_maps, without_edge
+from kglmatch.registration.structure import GlobalCorrelator, in_threads, structure_maps, without_edge
 from kglmatch.resampling import resize_between, shrink, shrinking
 
 Image = NDArray[np.float32]
@@ -27,9 +27,23 @@ _SCALE = SAME_SCALE  # of log scale, between hypotheses
 _OVERLAP = 0.35  # of the visible image
 _HYPOTHESES = 3
 _HALVINGS = 3  # of the grid's steps around each hypothesis
+_RIVAL, _ELSEWHERE = 0.9, 0.08  # of the evidence; of the image's size, at its corners
 
 
-def search(vis: Image, ir: Image, limits: Limits, masks: Masks | None = None) -> list[Matrix]:
+@dataclass(frozen=True)
+class Start:
+    """A similarity that structure speaks for.
+
+    Attributes:
+        transform: (3, 3) from visible to ir pixels.
+        rivalled: whether another place was found nearly as well supported.
+    """
+
+    transform: Matrix
+    rivalled: bool
+
+
+def search(vis: Image, ir: Image, limits: Limits, masks: Masks | None = None) -> Iterator[Start]:
     """The best supported similarities of a grid over rotation and scale.
 
     Args:
@@ -37,8 +51,8 @@ def search(vis: Image, ir: Image, limits: Limits, masks: Masks | None = None) ->
         limits: what is searched.
         masks: the pixels that count; None for all.
 
-    Returns:
-        (3, 3) each, from visible to ir pixels, at most three, the best supported first.
+    Yields:
+        at most three, the best supported first; each is improved when it is asked for.
     """
     scales = [float(np.log(scale)) for scale in nominal_scales(vis, ir)]
     correlation = _Correlation(vis, ir, _SIDE, limits.max_displacement, masks)
@@ -50,11 +64,18 @@ def search(vis: Image, ir: Image, limits: Limits, masks: Masks | None = None) ->
         screen = _Correlation(vis, ir, _SCREENED_SIDE, limits.max_displacement, masks)
         screened = sorted(screen.try_all(hypotheses), reverse=True)[:_SCREENED]
         hypotheses = [(r, s) for _, r, s in screened]
-    grid = sorted(correlation.try_all(hypotheses), reverse=True)
+    grid = _apart(sorted(correlation.try_all(hypotheses), reverse=True))
     turn = _ROTATION if len(rotations) > 1 else 0.0
     zoom = _SCALE if len(steps) > 1 else 0.0
-    found = [_climb(correlation, start, turn, zoom) for start in _apart(grid)]
-    return [correlation.transform(r, s) for _, r, s in sorted(found, key=lambda tried: -tried[0])]
+    size = vis.shape[1], vis.shape[0]
+    places = [correlation.transform(r, s) for _, r, s in grid]
+    for start, place in zip(grid, places, strict=True):
+        rivalled = any(
+            other[0] > _RIVAL * start[0] and corner_error(there, place, size) > _ELSEWHERE * max(size)
+            for other, there in zip(grid, places, strict=True)
+        )
+        _, r, s = _climb(correlation, start, turn, zoom)
+        yield Start(correlation.transform(r, s), rivalled)
 
 
 class _Correlation:
@@ -93,10 +114,8 @@ class _Correlation:
         """Evidence of each (rotation, log scale): minus infinity where no shift is allowed."""
         for log_scale in {log_scale for _, log_scale in hypotheses}:
             self._maps_at(log_scale)
-        # OpenCV works without the interpreter's lock; as many threads as it may use itself.
-        with ThreadPoolExecutor(max(1, cv2.getNumThreads())) as pool:
-            evidences = pool.map(lambda hypothesis: self._try(*hypothesis)[0], hypotheses)
-            return [(found, r, s) for found, (r, s) in zip(evidences, hypotheses, strict=True)]
+        evidences = in_threads(lambda hypothesis: self._try(*hypothesis)[0], hypotheses)
+        return [(found, r, s) for found, (r, s) in zip(evidences, hypotheses, strict=True)]
 
     def transform(self, rotation: float, log_scale: float) -> Matrix:
         """(3, 3) from visible to ir pixels, with the best shift."""

@@ -10,6 +10,10 @@ hold, smoothed over neighbouring directions, is this harmonic but for half a per
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +29,17 @@ _TO_WIDE = np.array([[1 / _COARSER, 0, 0], [0, 1 / _COARSER, 0]])
 _INVERSE = cv2.DFT_INVERSE | cv2.DFT_SCALE
 
 Maps = NDArray[np.float32]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """The function of each item, in as many threads as OpenCV may use.
+
+    For work of OpenCV, which goes on without the interpreter's lock.
+    """
+    with ThreadPoolExecutor(max(1, cv2.getNumThreads())) as pool:
+        return list(pool.map(function, items))
 
 
 def structure_maps(image: NDArray[np.float32], *, even: bool = True) -> Maps:
@@ -87,20 +102,25 @@ def correlate_windows(
     for i in range(side):
         slide[i, i : i + size] = hann
     full = np.float32(taper.sum() * 0.1)  # a tenth of the pixels hold structure
-    template, searched = np.zeros((n, n, 2), np.float32), np.zeros((n, n, 2), np.float32)
     surfaces = np.empty((len(centres), side, side), np.float32)
-    for (x, y), surface in zip(centres + margin - size // 2, surfaces, strict=True):
-        window = a[y : y + size, x : x + size]
-        around = b[y - radius : y - radius + reach, x - radius : x - radius + reach]
-        template[:size, :size] = window * taper
-        searched[:reach, :reach] = around
-        energy = np.vdot(template[:size, :size], window)
-        there = slide @ np.square(around).sum(axis=2) @ slide.T
-        product = cv2.mulSpectrums(
-            cv2.dft(searched, nonzeroRows=reach), cv2.dft(template, nonzeroRows=size), 0, conjB=True
-        )
-        agreed = cv2.dft(product, flags=_INVERSE)[:side, :side, 0]
-        surface[:] = agreed / np.sqrt((energy + full) * (there + full))
+
+    def correlate(some: slice) -> None:
+        template, searched = np.zeros((n, n, 2), np.float32), np.zeros((n, n, 2), np.float32)
+        for (x, y), surface in zip(centres[some] + margin - size // 2, surfaces[some], strict=True):
+            window = a[y : y + size, x : x + size]
+            around = b[y - radius : y - radius + reach, x - radius : x - radius + reach]
+            template[:size, :size] = window * taper
+            searched[:reach, :reach] = around
+            energy = np.vdot(template[:size, :size], window)
+            there = slide @ np.square(around).sum(axis=2) @ slide.T
+            product = cv2.mulSpectrums(
+                cv2.dft(searched, nonzeroRows=reach), cv2.dft(template, nonzeroRows=size), 0, conjB=True
+            )
+            agreed = cv2.dft(product, flags=_INVERSE)[:side, :side, 0]
+            surface[:] = agreed / np.sqrt((energy + full) * (there + full))
+
+    threads = max(1, cv2.getNumThreads())
+    in_threads(correlate, [slice(start, None, threads) for start in range(threads)])
     return surfaces
 
 
