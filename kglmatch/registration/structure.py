@@ -141,6 +141,7 @@ class GlobalCorrelator:
         small = (cv2.getOptimalDFTSize(-(-3 * side // (2 * _COARSER))) for side in (height, width))
         self._small = tuple(small)
         self._size = tuple(_COARSER * side for side in self._small)
+        self._shifts = [np.fft.fftfreq(side, 1 / side) for side in self._size]  # in y and in x
         if mask is None:
             mask = np.ones((height, width), np.float32)
         else:
@@ -188,7 +189,7 @@ class GlobalCorrelator:
         weight = cv2.warpAffine(
             weight, _TO_WIDE, self._size[::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         )
-        dy, dx = (np.fft.fftfreq(side, 1 / side) for side in self._size)
+        dy, dx = self._shifts
         if max_shift is not None:
             weight[np.abs(dy) > max_shift] = 0
             weight[:, np.abs(dx) > max_shift] = 0
