@@ -147,6 +147,27 @@ def test_coarse_search_bridges_resolutions_far_apart(scene, size):
     assert error < 0.02 * size[0]
 
 
+def test_a_clear_place_ends_the_search(scene, monkeypatch):
+    climbed = []
+    climb = coarse._climb
+    monkeypatch.setattr(coarse, "_climb", lambda *args: climbed.append(args) or climb(*args))
+    limits = Limits(max_rotation=9, max_scale=1.1)
+    assert registration.align(scene, other_sensor(scene), limits)[0].support > 0.5
+    assert len(climbed) == 1
+    registration.align(scene, texture(320, 256, seed=77), limits)
+    assert len(climbed) == 4
+
+
+def test_a_place_that_rivals_the_clear_one_is_looked_at_too(scene):
+    both_ways = (scene + scene[::-1, ::-1]) / 2
+    limits = Limits(max_rotation=180, max_scale=1)
+    assert next(coarse.search(both_ways, other_sensor(both_ways), limits)).rivalled
+    assert not next(coarse.search(scene, other_sensor(scene), limits)).rivalled
+    found = registration.align(both_ways, other_sensor(both_ways), limits)
+    turns = sorted(float(np.degrees(np.arccos(f.transform[0, 0].clip(-1, 1)))) for f in found)
+    assert turns == pytest.approx([0, 180], abs=2)
+
+
 def test_a_long_strip_aligns():
     strip = texture(1600, 80, seed=4)
     moved = other_sensor(shifted(strip, 9, -3))
