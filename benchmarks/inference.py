@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from kglmatch import Matcher
 from kglmatch.models.cost import cost
-from kglmatch.models.network import ConvBlock, KGLNet
+from kglmatch.models.network import ConvBlock, KGLNet, compare_maps
 from kglmatch.models.pretrained import load_model
 
 MATRIX = 2048
@@ -75,9 +75,8 @@ def plain_maps(net: KGLNet, x: Tensor, modality: str) -> Tensor:
 
 def plain_scores(net: KGLNet, vis: Tensor, ir: Tensor) -> Tensor:
     head = net.metric_head
-    a, b = plain_maps(net, vis, "vis"), plain_maps(net, ir, "ir")
-    x = torch.abs(a - b)
-    x = head.conv(torch.cat([x, a * b], dim=1) if net.config.head_has_product else x)
+    maps = plain_maps(net, vis, "vis"), plain_maps(net, ir, "ir")
+    x = head.conv(compare_maps(*maps, head.has_product))
     x = head.activation(x) if head.norm is None else plain_frn_tlu(x, head.norm, head.activation)
     x = F.adaptive_avg_pool2d(x, 1).flatten(1)
     return torch.sigmoid(head.fc3(F.relu(head.fc2(F.relu(head.fc1(x))))))

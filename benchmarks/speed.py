@@ -34,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent / "proof"))
 import contenders
 
-from kglmatch import KGLNetConfig, Matcher, extract_patches, load_image
+from kglmatch import Features, KGLNetConfig, Matcher, extract_patches, load_image
 from kglmatch.errors import KGLMatchError
 from kglmatch.models.cost import cost
 from kglmatch.models.network import KGLNet
@@ -67,17 +67,26 @@ def machine() -> tuple[float, float]:
 
 
 def ours(
-    matcher: Matcher, vis: np.ndarray, ir: np.ndarray, keypoints: int, called: str
+    matcher: Matcher,
+    vis: np.ndarray,
+    ir: np.ndarray,
+    keypoints: int,
+    features: Features,
+    patches: np.ndarray,
+    called: str,
 ) -> dict[str, Contender]:
-    """What a matcher does with the pair, and its parts; each name ends with what the matcher is called."""
+    """What a matcher does with the pair, and its parts; each name ends with what the matcher is called.
+
+    Args:
+        keypoints: of each image, at most.
+        features, patches: of the visible image's keypoints, (N, 64, 64).
+    """
     runs: dict[str, Contender] = {
         name: lambda limits=limits: matcher.register(vis, ir, **limits) for name, limits in LIMITS.items()
     }
     runs[f"match_images, {keypoints} keypoints"] = lambda: matcher.match_images(
         vis, ir, max_keypoints=keypoints
     )
-    features = matcher.extract(vis, "vis", max_keypoints=keypoints)
-    patches = extract_patches(vis, features.keypoints, patch_size=matcher.config.patch_size)
     runs[f"describe {len(patches)} patches"] = lambda: matcher.describe(patches, "vis")
     runs[f"score {len(patches)} pairs"] = lambda: matcher.score(
         features, dataclasses.replace(features, modality="ir")
@@ -139,11 +148,12 @@ def main() -> None:
             matcher = Matcher.from_pretrained(model, backend=backend)
             macs[model] = cost(matcher.config).descriptor_and_map
             alone = len(args.model) * len(args.backend) == 1
-            runs |= ours(matcher, vis, ir, args.max_keypoints, "" if alone else f" ({model}, {backend})")
+            called = "" if alone else f" ({model}, {backend})"
+            features = matcher.extract(vis, "vis", max_keypoints=args.max_keypoints)
+            patches = extract_patches(vis, features.keypoints, patch_size=matcher.config.patch_size)
+            runs |= ours(matcher, vis, ir, args.max_keypoints, features, patches, called)
     except KGLMatchError as error:
         raise SystemExit(str(error)) from error
-    points = matcher.extract(vis, "vis", max_keypoints=args.max_keypoints).keypoints
-    patches = extract_patches(vis, points, patch_size=KGLNetConfig().patch_size)
     runs[f"describe {len(patches)} patches, published network"] = published(patches)
     others, missing = baselines(args.baselines, vis, ir)
     runs |= others

@@ -161,8 +161,8 @@ def test_a_clear_place_ends_the_search(scene, monkeypatch):
 def test_a_place_that_rivals_the_clear_one_is_looked_at_too(scene):
     both_ways = (scene + scene[::-1, ::-1]) / 2
     limits = Limits(max_rotation=180, max_scale=1)
-    assert next(coarse.search(both_ways, other_sensor(both_ways), limits)).rivalled
-    assert not next(coarse.search(scene, other_sensor(scene), limits)).rivalled
+    assert next(coarse.search(both_ways, other_sensor(both_ways), limits)).has_rival
+    assert not next(coarse.search(scene, other_sensor(scene), limits)).has_rival
     found = registration.align(both_ways, other_sensor(both_ways), limits)
     turns = sorted(float(np.degrees(np.arccos(f.transform[0, 0].clip(-1, 1)))) for f in found)
     assert turns == pytest.approx([0, 180], abs=2)

@@ -133,7 +133,7 @@ def align(vis: Image, ir: Image, limits: Limits, masks: Masks | None = None) -> 
         correction, vote = _fit(level, steps_to(kind), (2.0, 1.0))
         if vote > _CHANCE:
             refined.append((vote, level.full(correction)))
-        if vote > _SETTLED and not start.rivalled:
+        if vote > _SETTLED and not start.has_rival:
             break
     refined.sort(key=lambda item: -item[0])
     alternatives: list[Alignment] = []

@@ -36,11 +36,11 @@ class Start:
 
     Attributes:
         transform: (3, 3) from visible to ir pixels.
-        rivalled: whether another place was found nearly as well supported.
+        has_rival: whether another place was found nearly as well supported.
     """
 
     transform: Matrix
-    rivalled: bool
+    has_rival: bool
 
 
 def search(vis: Image, ir: Image, limits: Limits, masks: Masks | None = None) -> Iterator[Start]:
@@ -70,12 +70,12 @@ def search(vis: Image, ir: Image, limits: Limits, masks: Masks | None = None) ->
     size = vis.shape[1], vis.shape[0]
     places = [correlation.transform(r, s) for _, r, s in grid]
     for start, place in zip(grid, places, strict=True):
-        rivalled = any(
+        has_rival = any(
             other[0] > _RIVAL * start[0] and corner_error(there, place, size) > _ELSEWHERE * max(size)
             for other, there in zip(grid, places, strict=True)
         )
         _, r, s = _climb(correlation, start, turn, zoom)
-        yield Start(correlation.transform(r, s), rivalled)
+        yield Start(correlation.transform(r, s), has_rival)
 
 
 class _Correlation:

@@ -38,8 +38,13 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> lis
 
     For work of OpenCV, which goes on without the interpreter's lock.
     """
-    with ThreadPoolExecutor(max(1, cv2.getNumThreads())) as pool:
+    with ThreadPoolExecutor(_num_threads()) as pool:
         return list(pool.map(function, items))
+
+
+def _num_threads() -> int:
+    """Threads that OpenCV may use, at least 1."""
+    return max(1, cv2.getNumThreads())
 
 
 def structure_maps(image: NDArray[np.float32], *, even: bool = True) -> Maps:
@@ -119,7 +124,7 @@ def correlate_windows(
             agreed = cv2.dft(product, flags=_INVERSE)[:side, :side, 0]
             surface[:] = agreed / np.sqrt((energy + full) * (there + full))
 
-    threads = max(1, cv2.getNumThreads())
+    threads = _num_threads()
     in_threads(correlate, [slice(start, None, threads) for start in range(threads)])
     return surfaces
 
