@@ -32,6 +32,7 @@ from kglmatch.training import (
     TrainingConfig,
     rate_factor,
     validate,
+    widening,
 )
 from kglmatch.training import trainer as trainer_module
 from kglmatch.training.run_folder import RunFolder, load_checkpoint
@@ -694,6 +695,37 @@ def test_another_metric_branch_starts_from_random_weights(config, parent, tmp_pa
         with pytest.raises(ConfigError, match=said) as error:
             Trainer(start, tmp_path / "none", device="cpu")
         assert "\n" not in str(error.value)
+
+
+# Of the thin network's (4, 4, 8, 8, 8, 8, 16, 16): blocks without channel attention, whose copies change
+# nothing but for the noise; then other blocks as well.
+@pytest.mark.parametrize(
+    ("channels", "noise", "cosine"),
+    [([6, 4, 20, 8, 8, 8, 24, 16], 0.0, 0.99999), ([6, 8, 8, 20, 8, 12, 16, 16], None, 0.9)],
+)
+def test_more_channels_start_as_copies(config, parent, tmp_path, monkeypatch, channels, noise, cosine):
+    weights, narrow = load_model(parent)
+    before = KGLNet(narrow)
+    before.load_state_dict(weights)
+    if noise is not None:
+        monkeypatch.setattr(widening, "_NOISE", noise)
+    start = dataclasses.replace(config, init=str(parent), network={"channels": channels})
+    net = Trainer(start, tmp_path, device="cpu").net
+    assert net.config.channels == tuple(channels)
+    patches = torch.rand(32, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = (n.eval().describe(patches, "vis") for n in (net, before))
+    assert (ours * theirs).sum(1).mean() > cosine
+    # Copies that stay copies would be of no use.
+    conv = net.state_dict()["stem.vis.block1.conv.weight"]
+    assert torch.equal(conv[:2], conv[4:]) == (noise == 0)
+
+
+@pytest.mark.parametrize("channels", [[4, 4, 8, 8, 8, 8, 8, 16], [4, 4, 8, 8, 8, 8, 16, 24]])
+def test_fewer_channels_and_other_maps_are_refused(config, parent, tmp_path, channels):
+    start = dataclasses.replace(config, init=str(parent), network={"channels": channels})
+    with pytest.raises(ConfigError, match=r"channels .* -> .*channels grow, but for the last"):
+        Trainer(start, tmp_path, device="cpu")
 
 
 def test_training_the_metric_head_leaves_everything_else_bit_for_bit(config, parent, tmp_path):

@@ -71,7 +71,8 @@ class TrainingConfig:
         least_contrast: grey levels; a training point whose second patch has a smaller standard deviation,
             blurred by a pixel, shows nothing there and is left out.
         init: model to start from (bundled name, folder or Hub id); None starts from random weights. Where
-            `network` asks for another metric branch than the model has, that part starts from random weights.
+            `network` asks for another metric branch than the model has, that part starts from random weights;
+            where it asks for more channels, the further ones start as copies (`kglmatch.training.widening`).
         teacher: model to learn from (bundled name, folder or Hub id), with the same length of descriptors and
             size of patches: its descriptors and scores are targets next to the labels. None: no teacher.
         trained: "all", or "metric_head", which leaves every other weight as it is.

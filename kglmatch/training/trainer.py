@@ -26,6 +26,7 @@ from kglmatch.training.run_folder import CHECKPOINT, RunFolder, load_checkpoint
 from kglmatch.training.sampling import Batch, PatchSampler
 from kglmatch.training.schedule import rate_factor
 from kglmatch.training.validation import calibrated, validate
+from kglmatch.training.widening import is_wider, widen
 
 logger = logging.getLogger(__name__)
 
@@ -436,7 +437,7 @@ class Trainer:
                 torch.manual_seed(self.config.seed)
                 net = KGLNet(network)
             if self.config.init:
-                _load_shared(net, weights, parent)
+                _load_shared(net, weights, parent, self.config.seed)
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # A network that is left as it is keeps its batch norm too.
         return net.to(self.device).train(self.config.trained == "all")
@@ -483,13 +484,16 @@ class Trainer:
         self._say(f"resuming from step {self.step}")
 
 
-def _load_shared(net: KGLNet, weights: Mapping[str, torch.Tensor], parent: KGLNetConfig) -> None:
-    """Loads a parent's weights; where the metric branch is another one, it keeps its random weights.
+def _load_shared(net: KGLNet, weights: Mapping[str, torch.Tensor], parent: KGLNetConfig, seed: int) -> None:
+    """Loads a parent's weights, widened where the network has more channels; where the metric branch is
+    another one, it keeps its random weights.
 
     Raises:
         ConfigError: an architecture that differs elsewhere.
     """
     ours = net.config
+    if is_wider(ours, parent):
+        weights = widen(weights, parent, ours, seed=seed)
     branch = tuple(getattr(ours, key) != getattr(parent, key) for key in _METRIC_BRANCH)
     state = net.state_dict()
     taken = {
@@ -504,7 +508,7 @@ def _load_shared(net: KGLNet, weights: Mapping[str, torch.Tensor], parent: KGLNe
         )
         raise ConfigError(
             f"the weights of `init` do not fit [network] ({changes}); only {', '.join(_METRIC_BRANCH)} "
-            "may change"
+            "may change, and channels grow, but for the last ones"
         )
     net.load_state_dict(state | taken)
 
