@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,7 +140,9 @@ def test_two_processes_do_what_one_does(tmp_path):
                 # The same numbers in both processes, so that their weights stay alike.
                 assert torch.equal(shared[0][part][key], shared[1][part][key]), key
                 difference = (shared[0][part][key] - tensor).float().norm()
-                assert difference <= 1e-4 * tensor.float().norm() + 1e-5, key
+                # Batch norm takes this bias out again, so that its gradient is nothing but rounding.
+                rounding = 1e-4 if re.fullmatch(r"descriptor_head\.\w+\.conv\.bias", key) else 1e-5
+                assert difference <= 1e-4 * tensor.float().norm() + rounding, key
 
     Trainer(settings(tmp_path / "data"), tmp_path / "alone", device="cpu").train(progress=False)
     ours, theirs = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("run", "alone"))
