@@ -44,10 +44,8 @@ def load(name: str) -> Propose:
         raise KGLMatchError(f'{name} needs {package}: pip install "kglmatch[proof]"')
     try:
         return make()
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # of what the package needs, or its build for another PyTorch
+    except (ImportError, RuntimeError) as error:
+        # What the package needs is missing, or was built for another PyTorch.
         raise KGLMatchError(f"{name} cannot be loaded: {error}") from error
 
 

@@ -84,19 +84,23 @@ def normalize_activate(x: Tensor, norm: FRN, activation: TLU) -> Tensor:
     return x.clamp_(min=activation.tau.to(x.dtype))
 
 
+def attention_kernel(channels: int) -> int:
+    """How many neighbours ECA's convolution reads: ``int((log2(C) + 1) / 2)``, plus one if even."""
+    kernel = int((math.log2(channels) + 1) / 2)
+    return kernel + 1 - kernel % 2
+
+
 class ECA(nn.Module):
     """Efficient channel attention (Wang et al., CVPR 2020).
 
-    Each channel is scaled by a sigmoid of a one-dimensional convolution over its neighbours' means;
-    the kernel is ``int((log2(C) + 1) / 2)``, plus one if even.
+    Each channel is scaled by a sigmoid of a one-dimensional convolution over its neighbours' means.
 
     Shape: (N, C, H, W) -> (N, C, H, W)
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        kernel = int((math.log2(channels) + 1) / 2)
-        kernel += 1 - kernel % 2
+        kernel = attention_kernel(channels)
         self.conv = nn.Conv1d(1, 1, kernel, padding=kernel // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kglmatch.models.config import KGLNetConfig
-from kglmatch.models.network import conv_blocks
+from kglmatch.models.network import attention_kernel
 
 # Relative, of the weights of a convolution: copies that get the same gradients would stay copies.
 _NOISE = 0.05
@@ -46,7 +46,6 @@ def widen(
         a state dict with `network.channels`.
     """
     generator = torch.Generator().manual_seed(seed)
-    shapes = conv_blocks(network, 1, len(network.channels)).state_dict()
     # Which channel of the parent each channel is.
     sources = [
         torch.arange(ours) % theirs for ours, theirs in zip(network.channels, parent.channels, strict=True)
@@ -69,7 +68,7 @@ def widen(
         elif name == "conv.bias":
             widened[key] = value[own]
         elif name == "attention.conv.weight":
-            longer = shapes[found[0]].shape[-1] - value.shape[-1]
+            longer = attention_kernel(network.channels[block]) - value.shape[-1]
             widened[key] = F.pad(value, (longer // 2, longer // 2))
         elif not name.startswith("input_"):  # norm and activation, (1, C, 1, 1)
             widened[key] = value[:, own]
