@@ -689,6 +689,8 @@ def test_another_metric_branch_starts_from_random_weights(config, parent, tmp_pa
     for network, said in (
         ({"split_after": 2}, "split_after 4 -> 2"),
         ({"descriptor_dim": 9}, "descriptor_dim 8 -> 9"),
+        ({"strides": [2, 1, 2, 1, 1, 1, 2, 1]}, r"strides \[1, .* -> \[2, 1, 2, 1, 1, 1, 2, 1\]"),
+        ({"strides": [2, 1, 2, 1, 1, 1, 2, 1], "head_norm": "none"}, "strides"),
         ({"patch_size": 32, "head_norm": "none"}, "patch_size 16 -> 32, head_norm 'frn' -> 'none'"),
     ):
         start = dataclasses.replace(config, init=str(parent), network=network)

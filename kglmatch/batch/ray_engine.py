@@ -2,7 +2,8 @@
 
 Tasks go to whichever actor has room. Those of an actor that died are done again by others; what it wrote is
 written anew under the same names, so nothing is there twice. A task that kills one actor after another is
-split, and the item at fault is given up.
+split, and the item at fault is given up. An actor may die before the answer to the task before has left it,
+which lets that one look guilty: so what has been suspected once has its next actor to itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from kglmatch.errors import BackendError, KGLMatchError
 
 _TASKS = 2  # that an actor has at once, so that it never waits for the next
 _DEATHS = 2  # that a task may cause before it is split or given up
-_DEATHS_IN_A_ROW = 12  # of actors, with nothing done between: then it is not the tasks
+_DEATHS_IN_A_ROW = 12  # of actors, with none ready between: then it is not the tasks
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ class _Pool:
         sent = ray.put(work)
         self._slots = [_Slot(lambda: actor.remote(sent)) for _ in range(count)]
         self._again: deque[_Task] = deque()
+        self._suspects: deque[_Task] = deque()
         self._flying: dict[Any, tuple[_Slot, Any]] = {}
         self._deaths_in_a_row = 0
 
@@ -169,16 +171,23 @@ class _Pool:
         """Gives tasks to the actors that have room; whether any is still to be done."""
         for room in range(_TASKS):
             for slot in self._slots:
-                if slot.ready and len(slot.tasks) == room:
-                    task = self._again.popleft() if self._again else None
-                    if task is None and (items := next(tasks, None)) is not None:
-                        task = _Task(items)
+                if slot.ready and len(slot.tasks) == room and not any(task.deaths for task in slot.tasks):
+                    task = self._next(tasks, alone=room == 0)
                     if task is not None:
                         self._submit(slot, task)
         if any(slot.tasks for slot in self._slots):
             return True
         # No actor is ready, or there is nothing left.
-        return bool(self._again) or not any(slot.ready for slot in self._slots)
+        return bool(self._again or self._suspects) or not any(slot.ready for slot in self._slots)
+
+    def _next(self, tasks: Iterator[list[Any]], alone: bool) -> _Task | None:
+        """The next task for an actor: a suspected one only where it is alone."""
+        if alone and self._suspects:
+            return self._suspects.popleft()
+        if self._again:
+            return self._again.popleft()
+        items = next(tasks, None)
+        return None if items is None else _Task(items)
 
     def _submit(self, slot: _Slot, task: _Task | None) -> None:
         if task is None:
@@ -234,9 +243,9 @@ class _Pool:
             if number == 0:  # the others waited behind it
                 task.deaths += 1
             if task.deaths < _DEATHS:
-                self._again.append(task)
+                (self._suspects if task.deaths else self._again).append(task)
             elif len(task.items) > 1:
-                self._again.extend(_Task([item], _DEATHS - 1) for item in task.items)
+                self._suspects.extend(_Task([item], _DEATHS - 1) for item in task.items)
             else:
                 given_up.extend(task.items)
         slot.restart()

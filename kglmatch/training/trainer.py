@@ -501,7 +501,8 @@ def _load_shared(net: KGLNet, weights: Mapping[str, torch.Tensor], parent: KGLNe
         for key, value in weights.items()
         if not any(branch) or not key.startswith(("metric_trunk.", "metric_head."))
     }
-    if any(key not in state or state[key].shape != value.shape for key, value in taken.items()):
+    fits = all(key in state and state[key].shape == value.shape for key, value in taken.items())
+    if not fits or ours.strides != parent.strides:  # which no weight shows
         there, asked = parent.architecture(), ours.architecture()
         changes = ", ".join(
             f"{key} {there[key]!r} -> {asked[key]!r}" for key in asked if asked[key] != there[key]
