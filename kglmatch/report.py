@@ -171,9 +171,8 @@ def _reasons(
             f"Confidence {registration.confidence:.2f}; the verdict is <i>registered</i> from 0.50.",
             f"Structure: held-out windows support the transform with {registration.support:.2f} "
             f"(below 0.12 it says nothing); {inliers} of {places} places agree with it.",
-            f"Network: aligned patches are more alike than {100 * registration.agreement:.0f} % of the "
-            f"others "
-            "(50 % by chance).",
+            f"Network: an agreement of {100 * registration.agreement:.0f} % (50 % is chance). Aligned "
+            "patches are more alike than so many of the others; less counts where few of them match.",
         ]
         if registration.num_matches:
             lines.append(

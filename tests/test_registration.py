@@ -318,12 +318,25 @@ def test_a_band_is_registered_through_another(matcher, monkeypatch):
 
 def test_agreement_is_one_for_the_right_places_and_half_by_chance():
     rng = np.random.default_rng(0)
-    distances = rng.uniform(0.5, 1.5, (60, 60))
-    assert abs(judge.agreement(distances) - 0.5) < 0.1
+    distances, sure = rng.uniform(0.5, 1.5, (60, 60)), np.ones(60, np.float32)
+    assert abs(judge.agreement(distances, sure) - 0.5) < 0.1
     np.fill_diagonal(distances, 0.1)
-    assert judge.agreement(distances) == 1.0
-    assert judge.agreement(distances[:1, :1]) == judge.agreement(distances[:0, :0]) == 0.5
-    assert judge.agreement(distances[:6, :6]) == 0.75  # half of what 24 places would say
+    assert judge.agreement(distances, sure) == 1.0
+    assert judge.agreement(distances[:1, :1], sure[:1]) == judge.agreement(distances[:0, :0], sure[:0]) == 0.5
+    assert judge.agreement(distances[:6, :6], sure[:6]) == 0.75  # half of what 24 places would say
+
+
+def test_agreement_is_limited_where_no_place_matches():
+    distances = np.where(np.eye(30) > 0, 0.1, 1.0)
+    limits = [judge.agreement(distances, np.full(30, p, np.float32)) for p in (0.0, 0.25, 0.5, 1.0)]
+    assert limits == pytest.approx([0.62, 0.81, 1.0, 1.0])
+    # What structure has to bring then: more than it ever does for unrelated images, less than is common.
+    assert (
+        judge.give_verdict(0.28, limits[0]) == "doubtful"
+        and judge.give_verdict(0.4, limits[0]) == "registered"
+    )
+    # Chance is not raised by it.
+    assert judge.agreement(np.ones((30, 30)), np.zeros(30, np.float32)) <= 0.5
 
 
 def test_a_small_overlap_that_agrees_by_chance_is_not_registered(matcher):

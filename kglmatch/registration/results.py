@@ -36,7 +36,7 @@ class Registration:
         inliers: (K,) bool, the places that support the transform.
         support: mean vote of windows for transforms fitted without them, about 0 to 3.
         agreement: mean share of other places that the network finds less alike than the right one;
-            0.5 is chance.
+            0.5 is chance. Limited where the metric head says that few places match at all.
         num_matches: keypoint matches found without a prior that agree with the transform; 0 where structure
             was enough, and none were looked for.
         vis_size, ir_size: (width, height) in pixels.

@@ -2,9 +2,9 @@
 
 Two witnesses that go wrong in different ways. Structure says how many windows support a transform
 that was fitted without them. The network says whether patches at the same place are more alike than
-patches at different places: a mean share of 0.5 is chance. A pair is called registered only where both
-agree. Where they do not, the network proposes too (`from_matches`): then the matches that it found without a
-prior, and that agree on one transform, take the place of structure.
+patches at different places (a mean share of 0.5 is chance), and whether they match at all. A pair is
+called registered only where both agree. Where they do not, the network proposes too (`from_matches`): then
+the matches that it found without a prior, and that agree on one transform, take the place of structure.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ _INLIER_VOTE, _INLIER_RESIDUAL = 0.5, 2.0  # vote of a window; pixels
 # and not.
 _SUPPORT_WEIGHT = 1.5
 _LEAST_AGREEMENT = 0.62
+_MATCHING = 0.5  # mean match probability from which the network's agreement counts in full
 _DOUBTFUL, _REGISTERED = 1.0, 1.1
 # A third witness may stand in for structure: matches found without a prior that agree on the transform.
 _DOUBTFUL_MATCHES, _REGISTERED_MATCHES = LEAST, 16
@@ -69,13 +70,16 @@ _ALIKE = 1.0  # ir pixels: two transforms that are nearer at the corners are jud
 _COMPOSED_RADIUS = 5  # pixels at a width of 256 that two registrations in a row may be wrong by
 
 
-def agreement(distances: NDArray[np.floating]) -> float:
-    """Mean share of other places that are less alike than the right one.
+def agreement(distances: NDArray[np.floating], scores: NDArray[np.floating]) -> float:
+    """Mean share of other places that are less alike than the right one, where the places match at all.
 
-    Its excess over chance counts in full from 24 places on, and by the root of their number below.
+    Its excess over chance counts in full from 24 places on, and by the root of their number below. Where no
+    patches match, some are still more alike than others: below a mean match probability of 0.5 the agreement
+    is limited, down to 0.62, with which only clear structure makes a registration.
 
     Args:
         distances: (K, K) descriptor distances of patches at K places, visible rows, ir columns.
+        scores: (K,) match probabilities of the metric head at the same places.
 
     Returns:
         in [0, 1]; 0.5 by chance, and for fewer than two places.
@@ -86,7 +90,9 @@ def agreement(distances: NDArray[np.floating]) -> float:
     own = np.diagonal(distances)
     farther = (distances > own[:, None]).sum() + (distances > own[None, :]).sum()
     share = float(farther / (2 * count * (count - 1)))
-    return 0.5 + (share - 0.5) * min(1.0, float(np.sqrt(count / _ENOUGH_PLACES)))
+    ranked = 0.5 + (share - 0.5) * min(1.0, float(np.sqrt(count / _ENOUGH_PLACES)))
+    matching = min(1.0, float(scores.mean()) / _MATCHING)
+    return min(ranked, _LEAST_AGREEMENT + (1 - _LEAST_AGREEMENT) * matching)
 
 
 def evidence(support: float, agreed: float, num_matches: int = 0) -> float:
@@ -271,6 +277,7 @@ def judge_patches(
         proposer: what found the alignment.
     """
     scores, agreed = np.zeros(len(alignment.points_vis), np.float32), 0.5
+    judged = np.empty(0, np.int64)
     staged = len(rows) >= 2 * _FIRST_PLACES
     described: list[list[NDArray[np.floating]]] = [[], []]
     for some in (slice(0, None, 2), slice(1, None, 2)) if staged else (slice(None),):
@@ -278,11 +285,12 @@ def judge_patches(
             break
         features_vis = matcher.describe(patches_vis[some], "vis")
         features_ir = matcher.describe(patches_ir[some], "ir")
+        judged = np.append(judged, rows[some])
         scores[rows[some]] = matcher.score(features_vis, features_ir)
         for parts, features in zip(described, (features_vis, features_ir), strict=True):
             parts.append(to_numpy(features.descriptors))
         of_vis, of_ir = (np.concatenate(parts) for parts in described)
-        agreed = agreement(distance_from_cosine(of_vis @ of_ir.T))
+        agreed = agreement(distance_from_cosine(of_vis @ of_ir.T), scores[judged])
         if evidence(alignment.support, agreed) > _BEYOND_DOUBT:
             break
     verdict = give_verdict(alignment.support, agreed, alignment.num_matches)
