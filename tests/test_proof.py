@@ -445,7 +445,7 @@ def test_a_calibration_that_is_no_curve_is_an_error(curve):
 def test_the_model_s_calibration_is_used(thin_matcher, monkeypatch):
     from kglmatch.registration.align import Alignment
 
-    monkeypatch.setattr(verdict, "agreement", lambda distances: 0.9)  # the network knows nothing
+    monkeypatch.setattr(verdict, "agreement", lambda distances, scores: 0.9)  # the network knows nothing
     points = np.array([[60.0, 60], [100, 70], [80, 90], [70, 100]])
     none = np.zeros(4)
     alignment = Alignment(np.eye(3), "similarity", points, points, none + 1, none, 0.9)
