@@ -93,7 +93,7 @@ class Poison:
     """Work that ends its process at some items."""
 
     def __init__(self, *poisons: int) -> None:
-        self.workers, self.poisons, self.done = 0, poisons, []
+        self.workers, self.poisons = 0, poisons
 
     def prepare(self) -> None:
         pass
@@ -101,7 +101,6 @@ class Poison:
     def __call__(self, items):
         if set(self.poisons) & set(items):
             raise SystemExit
-        self.done.extend(items)
         return [{"item": item} for item in items]
 
 

@@ -330,11 +330,9 @@ def test_agreement_is_limited_where_no_place_matches():
     distances = np.where(np.eye(30) > 0, 0.1, 1.0)
     limits = [judge.agreement(distances, np.full(30, p, np.float32)) for p in (0.0, 0.25, 0.5, 1.0)]
     assert limits == pytest.approx([0.62, 0.81, 1.0, 1.0])
-    # What structure has to bring then: more than it ever does for unrelated images, less than is common.
-    assert (
-        judge.give_verdict(0.28, limits[0]) == "doubtful"
-        and judge.give_verdict(0.4, limits[0]) == "registered"
-    )
+    # Then structure has to bring more than unrelated images ever gave it by chance, which was 0.28.
+    assert judge.give_verdict(0.28, limits[0]) == "doubtful"
+    assert judge.give_verdict(0.4, limits[0]) == "registered"
     # Chance is not raised by it.
     assert judge.agreement(np.ones((30, 30)), np.zeros(30, np.float32)) <= 0.5
 

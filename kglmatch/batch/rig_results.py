@@ -108,7 +108,7 @@ class RigBand:
         num_agreeing: judged captures within the tolerance.
         spread: pixels, see `Residuals.spread`.
         support: mean vote of windows for transforms that were fitted without them, of the judged captures.
-        agreement: mean share of other places that the network finds less alike than the right one.
+        agreement: mean of `Registration.agreement` over some captures.
         num_matches: keypoint matches of all captures together that agree; 0 where none were looked for.
         consistent: see `Residuals.consistent`.
         trend: what the displacements follow, or None.

@@ -277,20 +277,20 @@ def judge_patches(
         proposer: what found the alignment.
     """
     scores, agreed = np.zeros(len(alignment.points_vis), np.float32), 0.5
-    judged = np.empty(0, np.int64)
     staged = len(rows) >= 2 * _FIRST_PLACES
-    described: list[list[NDArray[np.floating]]] = [[], []]
+    seen: list[list[NDArray[np.floating]]] = [[], [], []]
     for some in (slice(0, None, 2), slice(1, None, 2)) if staged else (slice(None),):
         if len(rows) < 2:
             break
         features_vis = matcher.describe(patches_vis[some], "vis")
         features_ir = matcher.describe(patches_ir[some], "ir")
-        judged = np.append(judged, rows[some])
-        scores[rows[some]] = matcher.score(features_vis, features_ir)
-        for parts, features in zip(described, (features_vis, features_ir), strict=True):
-            parts.append(to_numpy(features.descriptors))
-        of_vis, of_ir = (np.concatenate(parts) for parts in described)
-        agreed = agreement(distance_from_cosine(of_vis @ of_ir.T), scores[judged])
+        found = matcher.score(features_vis, features_ir)
+        scores[rows[some]] = found
+        descriptors = (to_numpy(features.descriptors) for features in (features_vis, features_ir))
+        for parts, values in zip(seen, (*descriptors, found), strict=True):
+            parts.append(values)
+        of_vis, of_ir, matching = (np.concatenate(parts) for parts in seen)
+        agreed = agreement(distance_from_cosine(of_vis @ of_ir.T), matching)
         if evidence(alignment.support, agreed) > _BEYOND_DOUBT:
             break
     verdict = give_verdict(alignment.support, agreed, alignment.num_matches)
